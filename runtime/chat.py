@@ -1,0 +1,49 @@
+"""A conversation: messages kept, their prefix in the cache re-used from turn to turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vlm_edge.runtime.settings import Settings
+from vlm_edge.runtime.vlm import VLM, Images, Result, Stream
+
+
+class Chat:
+    """Made by `VLM.chat`.
+
+    Attributes:
+        messages: the conversation so far, in Hugging Face content parts; images stay in their places.
+    """
+
+    def __init__(self, vlm: VLM, system: str | None = None) -> None:
+        self._vlm = vlm
+        self.messages: list[dict[str, Any]] = []
+        if system:
+            self.messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
+
+    def ask(self, text: str, images: Images = (), **settings: Any) -> Result:
+        """The whole answer to one more user turn; settings as `VLM.generate`."""
+        return self.stream(text, images, **settings).result
+
+    def stream(self, text: str, images: Images = (), **settings: Any) -> Stream:
+        """One more user turn, its answer piece by piece.
+
+        The turn joins the conversation when its answer is complete; a failure leaves it as it was.
+
+        Raises:
+            PromptError, ImageError, SettingError, EngineFailure.
+        """
+        listed = images if isinstance(images, (list, tuple)) else [images]
+        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in listed]
+        content.append({"type": "text", "text": text})
+        asked = [*self.messages, {"role": "user", "content": content}]
+        stream = self._vlm.start(asked, (), True, Settings(**settings), reuse=True)
+        return Stream(self._remember(asked, stream))
+
+    def _remember(self, asked: list[dict[str, Any]], stream: Stream) -> Iterator[str | Result]:
+        yield from stream
+        result = stream.result
+        answer = {"role": "assistant", "content": [{"type": "text", "text": result.text}]}
+        self.messages = [*asked, answer]
+        yield result

@@ -1,0 +1,176 @@
+"""The bundle's manifest: what the runtime knows of a model, as data (`docs/bundle.md`)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vlm_edge.errors import BundleDamaged, BundleFormatMismatch, BundleMissing
+from vlm_edge.runtime.schema import SchemaError, from_json, to_json
+
+FORMAT = 1
+NAME = "manifest.json"
+
+Precision = Literal["fp32", "int8", "int4"]
+Dimension = int | str  # a symbolic dimension is its name
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An engine's input or output: ONNX name, numpy dtype name, shape with symbolic names."""
+
+    name: str
+    dtype: str
+    shape: tuple[Any, ...]  # of Dimension
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One engine: its portable graph, the lowered graphs that share its weights, its interface."""
+
+    precision: Precision
+    graph: str
+    lowered: dict[str, str]  # engine kind ("cpu") -> graph file; absent means: run the portable one
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and hex digest of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint a bundle was made from."""
+
+    name: str  # Hub name or folder name; never a path of the machine
+    sha256: str  # of config.json and of every safetensors header
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Resize:
+    """How an image is scaled: `exact` to height x width, `shortest_edge` to that edge (height == width)."""
+
+    mode: Literal["exact", "shortest_edge"]
+    height: int
+    width: int
+    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """The checkpoint's image processor as data, in the order it is applied.
+
+    Source: preprocessor_config.json / processor_config.json. A null step is skipped.
+    """
+
+    pad_to_square: tuple[int, int, int] | None  # RGB of the padding (LlavaImageProcessor do_pad)
+    resize: Resize | None
+    crop: tuple[int, int] | None  # centre crop (height, width), zero-padded where smaller
+    rescale_factor: float | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+    height: int  # of a tile the vision engine takes, pixels
+    width: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How one image becomes tiles; `single` is one tile whatever the image's shape."""
+
+    kind: Literal["single"]
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How text and images become token ids. Source: tokenizer_config.json, the processor."""
+
+    image_token: str
+    image_token_id: int
+    tokens_per_image: int
+    chat_template: str | None  # file name in the bundle
+    special_tokens: dict[str, str]  # bos_token, eos_token, ... as the chat template sees them
+
+
+@dataclass(frozen=True)
+class DecoderSettings:
+    """Sizes of the language model's cache and its limits. Source: text_config."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    vocab_size: int
+    max_positions: int
+    sliding_window: int | None  # keys a query may see, itself included
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The checkpoint's own defaults. Source: generation_config.json, then text_config."""
+
+    eos_token_ids: tuple[int, ...]
+    repetition_penalty: float
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """The token table: rows of float, or of int8 with one float scale per block of columns."""
+
+    file: str
+    scales: str | None
+    block: int | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole of manifest.json."""
+
+    format: int
+    producer: str
+    architecture: str
+    source: Source
+    engines: dict[str, EngineEntry]
+    files: dict[str, FileEntry]
+    image: ImageSettings
+    tiling: Tiling
+    prompt: PromptSettings
+    decoder: DecoderSettings
+    generation: GenerationSettings
+    embeddings: EmbeddingSettings
+    calibration: dict[str, Any] | None = None
+    parity: dict[str, Any] | None = None
+
+    def dump(self) -> str:
+        return json.dumps(to_json(self), indent=1, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and validate `folder/manifest.json`.
+
+    Raises:
+        BundleMissing: no manifest there.
+        BundleFormatMismatch: another format number.
+        BundleDamaged: not JSON, or a key is unknown, missing or mistyped.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise BundleMissing(folder)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise BundleDamaged(folder, f"{NAME} is not JSON ({error})") from error
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != FORMAT:
+        raise BundleFormatMismatch(folder, found, FORMAT)
+    try:
+        return from_json(Manifest, data)
+    except SchemaError as error:
+        raise BundleDamaged(folder, f"{NAME}: {error}") from error

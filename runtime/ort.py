@@ -1,0 +1,196 @@
+"""ONNX Runtime on the CPU: stateless engines, and the decoder with its cache updated in place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_edge.errors import EngineFailure, ExtraMissing
+from vlm_edge.runtime.bundle import Bundle
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ExtraMissing("cpu", "onnxruntime", "running a bundle on the CPU") from error
+
+KIND = "cpu"
+CHUNK = 256  # positions prefilled at once: keeps attention scores and activations small
+STEP = 64  # positions the cache grows by at least
+MASKED = np.finfo(np.float32).min
+
+
+def open_session(
+    graph: Path, name: str, threads: int | None, entries: Mapping[str, str] | None = None
+) -> Any:
+    """An InferenceSession on the CPU.
+
+    Args:
+        threads: of one operator; None takes the processors this process may use.
+        entries: ONNX Runtime session configuration.
+
+    Raises:
+        EngineFailure: ONNX Runtime refuses the graph.
+    """
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or processors()
+    options.log_severity_level = 3
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise EngineFailure(name, _first_line(error)) from error
+
+
+def processors() -> int:
+    """Processors this process may use; containers often allow fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+class OrtEngine:
+    """One stateless graph (`engine.Engine`)."""
+
+    def __init__(self, bundle: Bundle, name: str, threads: int | None) -> None:
+        self._name = name
+        self._session = open_session(bundle.graph(name, KIND), name, threads)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(self._outputs, self._session.run(self._outputs, feeds)))
+        except Exception as error:
+            raise EngineFailure(self._name, _first_line(error)) from error
+
+    def close(self) -> None:
+        self._session = None
+
+
+class OrtDecoder:
+    """The language model (`engine.Decoder`), batch 1.
+
+    Each layer's cache is one array bound as input and output, so a step writes one position and
+    copies nothing. It grows a little at a time because attention computes the whole width it is given.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        settings = bundle.manifest.decoder
+        self._settings = settings
+        self._session = open_session(bundle.graph("llm", KIND), "llm", threads)
+        inputs = {spec.name for spec in self._session.get_inputs()}
+        windows = {"attention_mask": None, "sliding_attention_mask": settings.sliding_window}
+        self._windows = {name: window for name, window in windows.items() if name in inputs}
+        self._caches: dict[str, np.ndarray] = {
+            f"{kind}.{layer}": self._empty(0)
+            for layer in range(settings.layers)
+            for kind in ("key", "value")
+        }
+        self._step: _Step | None = None
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return next(iter(self._caches.values())).shape[2]
+
+    def prefill(self, embeds: np.ndarray) -> np.ndarray:
+        count = embeds.shape[1]
+        self._reserve(self.length + count)
+        logits = np.empty((1, 1, self._settings.vocab_size), np.float32)
+        for start in range(0, count, CHUNK):
+            chunk = np.ascontiguousarray(embeds[:, start : start + CHUNK], dtype=np.float32)
+            size = chunk.shape[1]
+            step = _Step(self, size, logits)
+            step.run(chunk, self.length)
+            self.length += size
+        return logits[0, 0]
+
+    def decode(self, embeds: np.ndarray) -> np.ndarray:
+        self._reserve(self.length + 1)
+        if self._step is None:
+            self._step = _Step(self, 1, np.empty((1, 1, self._settings.vocab_size), np.float32))
+        self._step.run(embeds, self.length)
+        self.length += 1
+        return self._step.logits[0, 0]
+
+    def close(self) -> None:
+        self._step = self._session = None
+        self._caches.clear()
+
+    def _empty(self, capacity: int) -> np.ndarray:
+        settings = self._settings
+        return np.zeros((1, settings.kv_heads, capacity, settings.head_dim), np.float32)
+
+    def _reserve(self, needed: int) -> None:
+        if needed <= self.capacity:
+            return
+        # An eighth more at a time, so that copying stays a small share whatever the length.
+        step = max(STEP, needed // 8 // STEP * STEP)
+        capacity = -(-needed // step) * step
+        self._step = None  # its bindings point at the old arrays
+        for name, old in self._caches.items():
+            new = self._empty(capacity)
+            new[:, :, : self.length] = old[:, :, : self.length]
+            self._caches[name] = new
+
+
+class _Step:
+    """Bindings for a fixed number of positions: arrays are filled in place, then the graph runs."""
+
+    def __init__(self, decoder: OrtDecoder, size: int, logits: np.ndarray) -> None:
+        settings, capacity = decoder._settings, decoder.capacity
+        self._session, self._windows = decoder._session, decoder._windows
+        self.logits = logits
+        self._embeds = np.empty((1, size, settings.width), np.float32)
+        self._positions = np.empty((1, size), np.int64)
+        self._write = np.empty((1,), np.int64)
+        self._masks = {
+            name: np.empty((1, 1, size, capacity), np.float32) for name in decoder._windows
+        }
+        self._binding = self._session.io_binding()
+        value = onnxruntime.OrtValue.ortvalue_from_numpy  # on the CPU it wraps the array, no copy
+        feeds = {
+            "inputs_embeds": self._embeds,
+            "positions": self._positions,
+            "write_indices": self._write,
+            "logit_positions": np.array([size - 1], np.int64),
+            **self._masks,
+        }
+        self._alive = [feeds, logits, list(decoder._caches.values())]
+        for name, array in feeds.items():
+            self._binding.bind_ortvalue_input(name, value(array))
+        self._binding.bind_ortvalue_output("logits", value(logits))
+        for name, cache in decoder._caches.items():
+            shared = value(cache)  # one value as past and present is what makes the update in place
+            self._binding.bind_ortvalue_input(f"past.{name}", shared)
+            self._binding.bind_ortvalue_output(f"present.{name}", shared)
+
+    def run(self, embeds: np.ndarray, start: int) -> None:
+        """Positions start, start + 1, ... through the graph; `embeds` float32 of `size` rows."""
+        size, capacity = self._positions.shape[1], self._capacity
+        self._embeds[0] = embeds
+        self._positions[0] = np.arange(start, start + size)
+        self._write[0] = start
+        keys = np.arange(capacity)
+        queries = self._positions[0][:, None]
+        for name, window in self._windows.items():
+            seen = keys <= queries
+            if window is not None:
+                seen &= keys > queries - window
+            self._masks[name][0, 0] = np.where(seen, np.float32(0), MASKED)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise EngineFailure("llm", _first_line(error)) from error
+
+    @property
+    def _capacity(self) -> int:
+        return next(iter(self._masks.values())).shape[3]

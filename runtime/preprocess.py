@@ -1,0 +1,106 @@
+"""From RGB pixels to the vision engine's input, as the checkpoint's own image processor does it.
+
+Source: transformers 5 `PilBackend` (image_processing_backends.py, image_transforms.py), and
+`LlavaImageProcessorPil.pad_to_square`. Equal to the bit: geometry is Pillow's own on uint8, and the
+two float steps depend on a pixel's value alone, so they are a table of 256 values per channel.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vlm_edge.errors import ImageTooLarge, ImageUnreadable, SettingError
+from vlm_edge.runtime.images import ImageLimits
+from vlm_edge.runtime.manifest import ImageSettings, Resize
+
+
+def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.float32]:
+    """One RGB image as one tile: float32 [1, 3, height, width], C-contiguous.
+
+    Raises:
+        ImageUnreadable: `image` is not RGB; `decode` makes it so.
+        ImageTooLarge: so narrow that padding or resizing it would exceed the bound on pixels.
+        SettingError: the settings give another size than their own height and width.
+    """
+    if image.mode != "RGB":
+        raise ImageUnreadable("<image>", f"its mode is {image.mode}, preprocessing takes RGB")
+    image = _opaque(image)
+    if settings.pad_to_square is not None:
+        image = _pad_to_square(image, settings.pad_to_square)
+    if settings.resize is not None:
+        image = _resize(image, settings.resize)
+    if settings.crop is not None:
+        image = _centre_crop(image, *settings.crop)
+    if (image.height, image.width) != (settings.height, settings.width):
+        raise SettingError(
+            f"the image settings give a tile of {image.height} x {image.width} pixels, the vision "
+            f"engine takes {settings.height} x {settings.width}; resize or crop must fix the size"
+        )
+    pixels = np.asarray(image)  # [height, width, 3] uint8
+    values = _values(settings)  # [3, 256]
+    tiles = np.empty((1, 3, settings.height, settings.width), np.float32)
+    for channel in range(3):
+        # "clip" because numpy buffers `out` under "raise"; a uint8 is never out of range.
+        np.take(values[channel], pixels[:, :, channel], out=tiles[0, channel], mode="clip")
+    return tiles  # [tiles, 3, height, width]
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    # A PNG or GIF with one transparent colour is RGB by now, with that colour in `info`:
+    # convert_to_rgb paints it white, though load_image has dropped any alpha channel unseen.
+    if image.info.get("transparency") is None:
+        return image
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    _check_size(image, side, side)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def _resize(image: Image.Image, resize: Resize) -> Image.Image:
+    height, width = resize.height, resize.width
+    if resize.mode == "shortest_edge":
+        # get_resize_output_image_size: the long edge is cut, not rounded
+        if image.width <= image.height:
+            height = int(width * image.height / image.width)
+        else:
+            width = int(height * image.width / image.height)
+    _check_size(image, height, width)
+    return image.resize((width, height), Image.Resampling[resize.resample.upper()])
+
+
+def _centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    # Floor division, on either sign, is transformers' rounding; Pillow fills the outside with 0.
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _check_size(image: Image.Image, height: int, width: int) -> None:
+    """Refuse the strip of 1 x 100000 pixels whose shortest edge is to become 336."""
+    limit = ImageLimits().pixels
+    if height * width > limit:
+        found = f"{image.width} x {image.height} pixels, {width} x {height} once scaled or padded"
+        raise ImageTooLarge("<image>", found, f"{limit} pixels")
+
+
+def _values(settings: ImageSettings) -> NDArray[np.float32]:
+    """What each of the 256 pixel values becomes in each channel, float32 [3, 256]."""
+    values = np.arange(256, dtype=np.float32)
+    if settings.rescale_factor is not None:
+        # image_transforms.rescale multiplies in float64 and rounds once
+        values = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
+    table = np.tile(values, (3, 1))
+    if settings.mean is not None:
+        table -= np.array(settings.mean, np.float32)[:, None]
+    if settings.std is not None:
+        table /= np.array(settings.std, np.float32)[:, None]
+    return table

@@ -1,0 +1,64 @@
+"""What one answer cost, stage by stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall times in milliseconds, and the counts that turn them into rates.
+
+    Attributes:
+        preprocess_ms: decoding, resizing and normalising all images.
+        vision_ms, connector_ms: engines, over all images; 0 for images that were encoded before.
+        prefill_ms: prompt into the cache, first token chosen.
+        decode_ms: all further tokens.
+        ttft_ms: from the call to the first token, everything included.
+        prompt_tokens: in the prompt, visual ones included.
+        prefilled_tokens: of these, computed now; a conversation re-uses the rest from its cache.
+        new_tokens: generated.
+        images: in the prompt.
+    """
+
+    preprocess_ms: float
+    vision_ms: float
+    connector_ms: float
+    prefill_ms: float
+    decode_ms: float
+    ttft_ms: float
+    prompt_tokens: int
+    prefilled_tokens: int
+    new_tokens: int
+    images: int
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return 1000 * self.prefilled_tokens / self.prefill_ms if self.prefill_ms else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens after the first, per second; 0 where there is only one."""
+        return 1000 * (self.new_tokens - 1) / self.decode_ms if self.new_tokens > 1 else 0.0
+
+
+class Stopwatch:
+    """Adds up milliseconds by stage."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.spent: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[name] = self.spent.get(name, 0.0) + 1000 * (time.perf_counter() - begin)
+
+    def elapsed_ms(self) -> float:
+        return 1000 * (time.perf_counter() - self.start)

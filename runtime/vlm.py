@@ -1,0 +1,328 @@
+"""VLM: a bundle's engines stitched together, from a prompt with images to streamed text."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlm_edge.errors import ContextOverflow, SettingError
+from vlm_edge.runtime.bundle import Bundle
+from vlm_edge.runtime.engine import open_engines
+from vlm_edge.runtime.images import DecodedImage, ImageInput, decode
+from vlm_edge.runtime.preprocess import preprocess
+from vlm_edge.runtime.prompt import BuiltPrompt, Prompt, build_prompt
+from vlm_edge.runtime.sampling import Sampler, StopStrings
+from vlm_edge.runtime.settings import Settings
+from vlm_edge.runtime.splice import prefix_keys, shared_prefix, splice
+from vlm_edge.runtime.template import ChatTemplate
+from vlm_edge.runtime.timings import Stopwatch, Timings
+from vlm_edge.runtime.tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from vlm_edge.runtime.chat import Chat
+
+Images = Sequence[ImageInput] | ImageInput
+
+IMAGE_CACHE_BYTES = 64 << 20  # of encoded images kept for further questions
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer.
+
+    Attributes:
+        text: without special tokens and without the stop string.
+        token_ids: new tokens, the end-of-sequence token included where it came.
+        prompt_tokens: in the prompt, visual ones included.
+        visual_tokens: of these, visual.
+        finish_reason: "stop" (end of sequence), "stop_string" or "length".
+        timings: what each stage cost.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    visual_tokens: int
+    finish_reason: str
+    timings: Timings
+
+
+class Stream:
+    """Text as it is generated; after the last piece `result` holds the whole answer."""
+
+    def __init__(self, pieces: Iterator[str | Result]) -> None:
+        self._pieces = pieces
+        self._result: Result | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        for piece in self._pieces:
+            if isinstance(piece, Result):
+                self._result = piece
+            elif piece:
+                yield piece
+
+    @property
+    def result(self) -> Result:
+        """The answer; generates whatever has not been iterated over yet."""
+        for _ in self:
+            pass
+        if self._result is None:
+            raise RuntimeError("the stream was closed before the answer was complete")
+        return self._result
+
+
+class VLM:
+    """A vision-language model ready to answer. Made by `VLM.load`; not for use by several threads."""
+
+    def __init__(self, bundle: Bundle, device: str, threads: int | None) -> None:
+        self.bundle, self.manifest, self.device = bundle, bundle.manifest, device
+        prompt = self.manifest.prompt
+        self.tokenizer = Tokenizer(bundle.file("tokenizer.json"))
+        self.template = None
+        if prompt.chat_template is not None:
+            source = bundle.file(prompt.chat_template).read_text(encoding="utf-8")
+            self.template = ChatTemplate(source, prompt.special_tokens)
+        self.embeddings = bundle.embeddings()
+        self._engines, self.decoder = open_engines(bundle, device, threads)
+        self.vision, self.connector = self._engines["vision"], self._engines["connector"]
+        self._encoded: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._cached = np.empty(0, np.int64)  # keys of the positions in the decoder's cache
+        self._turn = 0  # answers started: the cache belongs to the latest
+        self.load_s = 0.0
+
+    @classmethod
+    def load(
+        cls, bundle: str | Path, device: str = "cpu", threads: int | None = None, check: bool = True
+    ) -> VLM:
+        """Open a bundle on a device.
+
+        Args:
+            bundle: the folder `vlm export` wrote.
+            device: "cpu"; a device that is absent is an error, never replaced by another.
+            threads: per operator; None takes all processors this process may use.
+            check: compare every file with its sha256.
+
+        Raises:
+            BundleError, DeviceError, SettingError, ExtraMissing.
+        """
+        begin = time.perf_counter()
+        if threads is not None and threads < 1:
+            raise SettingError(f"threads = {threads}; it should be at least 1")
+        vlm = cls(Bundle(bundle, check), device, threads)
+        vlm.load_s = time.perf_counter() - begin
+        return vlm
+
+    # -- answers ----------------------------------------------------------------------------
+
+    def generate(
+        self, prompt: Prompt, images: Images = (), template: bool = True, **settings: Any
+    ) -> Result:
+        """The whole answer at once; arguments as `stream`."""
+        return self.stream(prompt, images, template, **settings).result
+
+    def stream(
+        self, prompt: Prompt, images: Images = (), template: bool = True, **settings: Any
+    ) -> Stream:
+        """Answer a prompt piece by piece.
+
+        Args:
+            prompt: a text; chat messages (OpenAI or Hugging Face content parts); or texts and images
+                in turn (there an image is a path object, bytes or Pillow image, never a str).
+            images: paths, bytes or Pillow images, for the prompt's image places in order.
+            template: through the checkpoint's chat template; False takes the prompt verbatim, with
+                its own image placeholders.
+            settings: max_new_tokens, temperature, top_p, top_k, repetition_penalty, stop, ignore_eos,
+                seed (`Settings`).
+
+        Raises:
+            PromptError, ImageError, SettingError, EngineFailure.
+        """
+        return self.start(prompt, images, template, Settings(**settings), reuse=False)
+
+    def start(
+        self, prompt: Prompt, images: Images, template: bool, settings: Settings, reuse: bool
+    ) -> Stream:
+        """`stream`, with the choice to re-use what the cache shares with this prompt."""
+        # All that can be wrong with the call is found here, before the first piece is asked for.
+        watch = Stopwatch()
+        penalty = settings.repetition_penalty
+        if penalty is None:
+            penalty = self.manifest.generation.repetition_penalty
+        sampler = Sampler(
+            settings.temperature, settings.top_p, settings.top_k, penalty, settings.seed
+        )
+        stops = StopStrings(settings.stop)
+        built = self.build_prompt(prompt, images, template)
+        limit = self.manifest.decoder.max_positions
+        if len(built.token_ids) + settings.max_new_tokens > limit:
+            raise ContextOverflow(len(built.token_ids), settings.max_new_tokens, limit)
+        with watch.stage("preprocess"):
+            decoded = [decode(image) for image in built.images]
+        return Stream(self._answer(built, decoded, sampler, stops, settings, watch, reuse))
+
+    def _answer(
+        self,
+        built: BuiltPrompt,
+        decoded: list[DecodedImage],
+        sampler: Sampler,
+        stops: StopStrings,
+        settings: Settings,
+        watch: Stopwatch,
+        reuse: bool,
+    ) -> Iterator[str | Result]:
+        ends = () if settings.ignore_eos else self.manifest.generation.eos_token_ids
+        self._turn += 1
+        turn = self._turn
+        features = [self.encode(image, watch) for image in decoded]
+        with watch.stage("prefill"):
+            logits, prefilled = self._prefill(built, decoded, features, reuse)
+            ids = list(built.token_ids)
+            token = sampler.pick(logits, ids)
+        ttft = watch.elapsed_ms()
+        detokenizer = Detokenizer(self.tokenizer)
+        new: list[int] = []
+        text, reason = "", "length"
+        while True:
+            new.append(token)
+            ids.append(token)
+            piece = stops.push(detokenizer.push(token))
+            text += piece
+            yield piece
+            if stops.stopped or token in ends:
+                reason = "stop_string" if stops.stopped else "stop"
+                break
+            if len(new) == settings.max_new_tokens:
+                break
+            if turn != self._turn:
+                raise SettingError(
+                    "another answer was started on this VLM; finish one stream before the next"
+                )
+            with watch.stage("decode"):
+                logits = self.decoder.decode(self.embeddings.rows(np.array([token]))[0])
+                token = sampler.pick(logits, ids)
+            self._cached = np.append(self._cached, ids[-1])
+        if not stops.stopped:
+            piece = stops.push(detokenizer.flush())
+            piece += stops.flush()
+            text += piece
+            yield piece
+        spent = watch.spent
+        timings = Timings(
+            preprocess_ms=spent.get("preprocess", 0.0),
+            vision_ms=spent.get("vision", 0.0),
+            connector_ms=spent.get("connector", 0.0),
+            prefill_ms=spent["prefill"],
+            decode_ms=spent.get("decode", 0.0),
+            ttft_ms=ttft,
+            prompt_tokens=len(built.token_ids),
+            prefilled_tokens=prefilled,
+            new_tokens=len(new),
+            images=len(decoded),
+        )
+        visual = sum(built.visual_tokens)
+        yield Result(text, new, len(built.token_ids), visual, reason, timings)
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation; each turn re-uses what the cache holds of the turns before."""
+        from vlm_edge.runtime.chat import Chat
+
+        return Chat(self, system)
+
+    # -- stages, each callable by itself (verification, calibration) --------------------------
+
+    def build_prompt(
+        self, prompt: Prompt, images: Images = (), template: bool = True
+    ) -> BuiltPrompt:
+        """Token ids with one place per visual token, and the images for those places, in order."""
+        return build_prompt(
+            prompt,
+            images,
+            self.manifest.prompt,
+            self.tokenizer,
+            self.template,
+            use_template=template,
+        )
+
+    def pixels(self, image: ImageInput) -> np.ndarray:
+        """float32 [tiles, 3, height, width] as the checkpoint's processor makes them."""
+        return preprocess(decode(image).image, self.manifest.image)
+
+    def encode(self, image: DecodedImage, watch: Stopwatch | None = None) -> np.ndarray:
+        """Visual tokens float32 [tokens, width]; an image seen before is taken from the cache."""
+        watch = watch or Stopwatch()
+        if image.digest in self._encoded:
+            self._encoded.move_to_end(image.digest)
+            return self._encoded[image.digest]
+        with watch.stage("preprocess"):
+            pixels = preprocess(image.image, self.manifest.image)
+        with watch.stage("vision"):
+            features = self.vision.run({"pixel_values": pixels})["features"]
+        with watch.stage("connector"):
+            tokens = self.connector.run({"features": features})["image_features"]
+        tokens = tokens.reshape(-1, tokens.shape[-1])  # tiles one after another
+        self._encoded[image.digest] = tokens
+        while (
+            len(self._encoded) > 1
+            and sum(t.nbytes for t in self._encoded.values()) > IMAGE_CACHE_BYTES
+        ):
+            self._encoded.popitem(last=False)
+        return tokens
+
+    def embed(self, built: BuiltPrompt) -> np.ndarray:
+        """inputs_embeds float32 [1, n, width]: token rows, visual tokens in their places."""
+        features = [self.encode(decode(image)) for image in built.images]
+        return self._splice(built, features)
+
+    def count_tokens(self, width: int, height: int) -> int:
+        """Visual tokens an image of this size (pixels) takes in the prompt."""
+        if width < 1 or height < 1:
+            raise SettingError(f"an image of {width}x{height} pixels has no tokens")
+        return self.manifest.prompt.tokens_per_image
+
+    def clear_image_cache(self) -> None:
+        """Forget encoded images, so that the next use encodes them again."""
+        self._encoded.clear()
+
+    def close(self) -> None:
+        """Give back the engines' memory."""
+        for engine in self._engines.values():
+            engine.close()
+        self.decoder.close()
+
+    def __enter__(self) -> VLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _splice(self, built: BuiltPrompt, features: Sequence[np.ndarray]) -> np.ndarray:
+        ids = np.asarray(built.token_ids, np.int64)
+        return splice(ids, self.manifest.prompt.image_token_id, self.embeddings, features)
+
+    def _prefill(
+        self,
+        built: BuiltPrompt,
+        decoded: Sequence[DecodedImage],
+        features: Sequence[np.ndarray],
+        reuse: bool,
+    ) -> tuple[np.ndarray, int]:
+        """Logits [vocab] of the last prompt position, and how many positions were computed."""
+        ids = np.asarray(built.token_ids, np.int64)
+        keys = prefix_keys(
+            ids,
+            self.manifest.prompt.image_token_id,
+            [(image.digest, len(tokens)) for image, tokens in zip(decoded, features)],
+        )
+        kept = shared_prefix(self._cached, keys) if reuse else 0
+        embeds = self._splice(built, features)[:, kept:]
+        self._cached = keys[:kept]  # should the engine fail below, the rest is not trusted
+        self.decoder.length = kept
+        logits = self.decoder.prefill(embeds)
+        self._cached = keys
+        return logits, embeds.shape[1]
