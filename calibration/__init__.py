@@ -1,0 +1,1 @@
+"""Calibration: data, activation ranges, quantize/dequantize insertion and its error."""

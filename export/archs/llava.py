@@ -1,0 +1,130 @@
+"""LLaVA and LLaVA-1.5 (Liu et al. 2023, arXiv 2304.08485, 2310.03744): ViT, MLP projector, decoder.
+
+Reference: transformers' LlavaForConditionalGeneration and LlavaProcessor.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from vlm_edge.errors import UnsupportedConfig
+from vlm_edge.export.checkpoint import Checkpoint, Weights, refuse_quantized
+from vlm_edge.export.config import Config
+from vlm_edge.export.connectors.mlp import Projector
+from vlm_edge.export.graphs import Interface, build
+from vlm_edge.export.language import llama
+from vlm_edge.export.language.interface import decoder_interface, decoder_settings, run_decoder
+from vlm_edge.export.model import Model, Part
+from vlm_edge.export.processor import Processor
+from vlm_edge.export.prompt_files import PromptFiles
+from vlm_edge.export.quantizers import Quantizer
+from vlm_edge.export.vision import tower
+from vlm_edge.runtime.manifest import PromptSettings, TensorSpec, Tiling
+
+MODEL_TYPES = ("llava",)
+
+# transformers <= 4.51 wrote `language_model.model.*` and `vision_tower.vision_model.*`, later ones
+# `model.language_model.*`; version 5 reads all and writes the first without `vision_model`.
+RENAMES = (
+    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "language_model."),
+    *tower.RENAMES,
+)
+
+
+def read(checkpoint: Checkpoint, processor: Processor, prompt: PromptFiles) -> Model:
+    """The checkpoint as three parts: vision, connector, llm.
+
+    Raises:
+        CheckpointError: config.json, the processor or a tensor is not what LLaVA needs.
+    """
+    config, weights = checkpoint.config, Weights(checkpoint)
+    refuse_quantized(config)
+    image = processor.image
+    vision = tower.read_tower(config, image.height, image.width)
+    text = config.sub("text_config")
+    decoder = llama.read(text)
+    tied = config.flag("tie_word_embeddings", False) or decoder.tied
+    settings = _prompt(config, processor, prompt, vision.tokens)
+    for key in ("vision_config", "projector_hidden_act", "multimodal_projector_bias"):
+        config.get(key)
+    config.finish()
+
+    vision_io = Interface(
+        (TensorSpec("pixel_values", "float32", ("tiles", 3, image.height, image.width)),),
+        (TensorSpec("features", "float32", ("tiles", vision.tokens, vision.width)),),
+    )
+    connector_io = Interface(
+        vision_io.outputs,
+        (TensorSpec("image_features", "float32", ("tiles", vision.tokens, decoder.width)),),
+    )
+    llm_io = decoder_interface(decoder)
+    table = weights.sub("language_model").sub("embed_tokens")
+    head = table if tied else weights.sub("lm_head")
+
+    def build_vision(quantizer: Quantizer) -> ir.Model:
+        module = tower.VisionTower(weights.sub("vision_tower"), vision, config, quantizer)
+        return build("vision", vision_io, lambda op, x: [module(op, x["pixel_values"])])
+
+    def build_connector(quantizer: Quantizer) -> ir.Model:
+        module = Projector(
+            weights.sub("multi_modal_projector"), config, vision.width, decoder.width, quantizer
+        )
+        return build("connector", connector_io, lambda op, x: [module(op, x["features"])])
+
+    def build_llm(quantizer: Quantizer) -> ir.Model:
+        module = llama.Decoder(weights.sub("language_model"), head, decoder, quantizer)
+        return build("llm", llm_io, lambda op, x: run_decoder(module, op, x, decoder))
+
+    return Model(
+        architecture="llava",
+        parts={
+            "vision": Part(vision_io, build_vision),
+            "connector": Part(connector_io, build_connector),
+            "llm": Part(llm_io, build_llm, weight_only=True, keep8=frozenset({head.path})),
+        },
+        embeddings=table.tensor("weight", decoder.vocab_size, decoder.width),
+        image=image,
+        tiling=Tiling("single"),
+        prompt=settings,
+        decoder=decoder_settings(decoder),
+    )
+
+
+def _prompt(
+    config: Config, processor: Processor, prompt: PromptFiles, features: int
+) -> PromptSettings:
+    """The places an image takes in the prompt, counted as LlavaProcessor does.
+
+    Raises:
+        UnsupportedConfig: the processor would make another number of places than there are features.
+    """
+    places = features
+    patch, strategy = processor.patch_size, processor.vision_feature_select_strategy
+    if patch is not None and strategy is not None:
+        # Processors saved before 4.46 have neither key; the model's own count holds for them.
+        rows, columns = processor.image.height // patch, processor.image.width // patch
+        extra = processor.num_additional_image_tokens or 0
+        places = rows * columns + extra - (strategy == "default")
+        if places != features:
+            raise UnsupportedConfig(
+                "processor.num_additional_image_tokens",
+                extra,
+                f"the processor makes {places} = {rows * columns} + {extra} - {int(strategy == 'default')} "
+                f"places for an image, the encoder {features} features",
+            )
+    token, found = prompt.image_token, prompt.image_token_id
+    index = config.get("image_token_index", config.get("image_token_id", 32000))
+    config.get("image_token_id")
+    if token is None or found != index:
+        raise UnsupportedConfig(
+            "image_token_index", index, f"the tokenizer's image token is {token!r} with id {found}"
+        )
+    return PromptSettings(
+        image_token=token,
+        image_token_id=index,
+        tokens_per_image=places,
+        chat_template="chat_template.jinja" if prompt.chat_template else None,
+        special_tokens=dict(prompt.special_tokens),
+    )

@@ -1,0 +1,267 @@
+"""`vlm export`: a checkpoint becomes a bundle, step by step, without torch and without loading it whole."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import vlm_edge
+from vlm_edge.calibration import data as calibration_data
+from vlm_edge.calibration.data import CalibrationSet
+from vlm_edge.errors import UnsupportedConfig
+from vlm_edge.export import archs, graphs, static, writer
+from vlm_edge.export.checkpoint import Checkpoint
+from vlm_edge.export.config import read_json
+from vlm_edge.export.memory import PeakMemory
+from vlm_edge.export.model import Model, Part
+from vlm_edge.export.precision import PrecisionPlan
+from vlm_edge.export.processor import read_processor
+from vlm_edge.export.prompt_files import PromptFiles, read_prompt_files
+from vlm_edge.export.quantizers import Float, WeightOnly
+from vlm_edge.export.source import resolve
+from vlm_edge.export.static import Progress
+from vlm_edge.runtime.manifest import (
+    FORMAT,
+    NAME,
+    EngineEntry,
+    GenerationSettings,
+    Manifest,
+    Precision,
+    Source,
+    read_manifest,
+)
+
+log = logging.getLogger(__name__)
+
+BLOCK = {"int8": 128, "int4": 32}  # weights that share a scale, in weight-only precisions
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export made.
+
+    Attributes:
+        bundle: its folder.
+        architecture: as in the manifest.
+        seconds: wall time.
+        precisions: by part.
+        sizes: bytes by part, and "embeddings", "other".
+        errors: by quantized part; `cosine` and `relative_error` of its features on held-out
+            pictures, or `weight_error`, the relative error of weight-only layers (mean and worst).
+        peak_rss_anon: bytes; 0 where the system does not say.
+    """
+
+    bundle: Path
+    architecture: str
+    seconds: float
+    precisions: dict[str, Precision]
+    sizes: dict[str, int]
+    errors: dict[str, dict[str, Any]]
+    peak_rss_anon: int
+
+
+def export(
+    source: str | Path | None,
+    output: Path | str,
+    arch: str | None = None,
+    precision: PrecisionPlan | None = None,
+    calibration_images: Path | None = None,
+    calibration_method: str = "auto",
+    progress: Progress | None = None,
+    revision: str | None = None,
+) -> ExportReport:
+    """Export a checkpoint.
+
+    Args:
+        source: a Hugging Face checkpoint folder, a Hub name, or None for the demo model.
+        output: the bundle's folder; an older bundle there is replaced once the new one is complete.
+        arch: the architecture; None takes config.json's word.
+        precision: by part; None is full precision everywhere.
+        calibration_images: a folder of pictures for static INT8; None takes the built-in ones.
+        calibration_method: "minmax", "percentile", or "auto": whichever errs less.
+        progress: called with (step, done, total).
+        revision: of a Hub repository.
+
+    Raises:
+        CheckpointError, BundleExists, CalibrationError, SettingError.
+    """
+    begin = time.perf_counter()
+    tick: Progress = progress or (lambda step, done, total: None)
+    plan = precision or PrecisionPlan()
+    tried = static.methods(calibration_method)
+    output = Path(output)
+    writer.check_output(output)
+    with PeakMemory() as memory:
+        tick("read checkpoint", 0, 1)
+        folder, name = resolve(source, revision)
+        checkpoint, model, prompt = read_model(folder, arch)
+        plan.check({part: model.parts[part].weight_only for part in model.parts})
+        precisions = {n: plan.of(n, part.weight_only) for n, part in model.parts.items()}
+        static_int8 = any(
+            precisions[n] == "int8" and not part.weight_only for n, part in model.parts.items()
+        )
+        data = calibration_data.load(calibration_images) if static_int8 else None
+        tick("read checkpoint", 1, 1)
+        with writer.new_folder(output) as temporary:
+            _write(temporary, checkpoint, model, prompt, name, precisions, data, tried, tick)
+    manifest = read_manifest(output)
+    return ExportReport(
+        bundle=output,
+        architecture=model.architecture,
+        seconds=time.perf_counter() - begin,
+        precisions=precisions,
+        sizes=part_sizes(manifest),
+        errors=(manifest.calibration or {}).get("parts", {}),
+        peak_rss_anon=memory.peak,
+    )
+
+
+def read_model(folder: Path, arch: str | None = None) -> tuple[Checkpoint, Model, PromptFiles]:
+    """Everything an export needs to know of a checkpoint; checks names and shapes, writes nothing.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be exported.
+    """
+    if arch is not None:
+        archs.find(arch)  # an unknown --arch is named before any file is
+    model_type = read_json(folder / "config.json").get("model_type") if folder.is_dir() else None
+    if arch is not None and model_type is not None:
+        types = archs.find(arch).MODEL_TYPES
+        if model_type not in types:
+            raise UnsupportedConfig(
+                "model_type", model_type, f"--arch {arch} reads {', '.join(types)}"
+            )
+    name, module = (arch, archs.find(arch)) if arch is not None else archs.find_for(model_type)
+    checkpoint = Checkpoint(folder, module.RENAMES)
+    prompt = read_prompt_files(folder)
+    model = module.read(checkpoint, read_processor(folder), prompt)
+    log.debug("%s: %s with parts %s", folder.name, name, ", ".join(model.parts))
+    return checkpoint, model, prompt
+
+
+@dataclass
+class _Steps:
+    """One export under way: the temporary folder and what the manifest will say."""
+
+    folder: Path
+    tick: Progress
+    engines: dict[str, EngineEntry] = field(default_factory=dict)
+    errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def entry(self, name: str, part: Part, precision: Precision) -> None:
+        lowered = f"{name}.cpu.onnx"
+        self.engines[name] = EngineEntry(
+            precision=precision,
+            graph=f"{name}.onnx",
+            lowered={"cpu": lowered} if (self.folder / lowered).is_file() else {},
+            inputs=part.interface.inputs,
+            outputs=part.interface.outputs,
+        )
+
+    def write_plain(self, name: str, part: Part, precision: Precision) -> None:
+        """Full precision, or weight-only."""
+        quantizer = Float() if precision == "fp32" else _weight_only(precision, part)
+        graphs.save(
+            part.build(quantizer),
+            self.folder / f"{name}.onnx",
+            lambda done, of: self.tick(f"write {name} {precision}", done, of),
+        )
+        if isinstance(quantizer, WeightOnly):
+            errors = list(quantizer.errors.values())
+            self.errors[name] = {
+                "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)}
+            }
+        self.entry(name, part, precision)
+
+
+def _weight_only(precision: Precision, part: Part) -> WeightOnly:
+    bits = 8 if precision == "int8" else 4
+    return WeightOnly(bits, BLOCK[precision], part.keep8)
+
+
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    model: Model,
+    prompt: PromptFiles,
+    name: str,
+    precisions: dict[str, Precision],
+    data: CalibrationSet | None,
+    tried: tuple[str, ...],
+    tick: Progress,
+) -> None:
+    steps = _Steps(folder, tick)
+    if data is not None:
+        _write_static(steps, model, precisions, data, tried)
+    for part_name, part in model.parts.items():
+        if part_name not in steps.engines:
+            steps.write_plain(part_name, part, precisions[part_name])
+    tick("write token table", 0, 1)
+    embeddings = writer.write_embeddings(model.embeddings, folder, precisions["llm"] != "fp32")
+    tick("write token table", 1, 1)
+    (folder / "tokenizer.json").write_text(prompt.tokenizer_json, encoding="utf-8")
+    if prompt.chat_template is not None and model.prompt.chat_template is not None:
+        (folder / model.prompt.chat_template).write_text(prompt.chat_template, encoding="utf-8")
+    manifest = Manifest(
+        format=FORMAT,
+        producer=f"vlm-edge {vlm_edge.__version__}",
+        architecture=model.architecture,
+        source=Source(name, checkpoint.digest(), checkpoint.dtype()),
+        engines={n: steps.engines[n] for n in model.parts},
+        files=writer.file_entries(folder),
+        image=model.image,
+        tiling=model.tiling,
+        prompt=model.prompt,
+        decoder=model.decoder,
+        generation=GenerationSettings(prompt.eos_token_ids, prompt.repetition_penalty),
+        embeddings=embeddings,
+        calibration=_calibration(steps.errors, data),
+    )
+    (folder / NAME).write_text(manifest.dump(), encoding="utf-8")
+
+
+def _write_static(
+    steps: _Steps,
+    model: Model,
+    precisions: dict[str, Precision],
+    data: CalibrationSet,
+    tried: tuple[str, ...],
+) -> None:
+    """Parts before the language model in pipeline order: each one's float outputs are the next one's
+    inputs, whether or not it is quantized itself."""
+    chain = {n: part for n, part in model.parts.items() if not part.weight_only}
+    last = max(i for i, n in enumerate(chain) if precisions[n] == "int8")
+    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=steps.folder) as scratch:
+        inputs = static.pixels(data, model.image, Path(scratch))
+        for name, part in list(chain.items())[: last + 1]:
+            floats = static.run_float(name, part, inputs, data, Path(scratch), steps.tick)
+            if precisions[name] == "int8":
+                steps.errors[name] = static.write_int8(
+                    name, part, floats, data, tried, steps.folder, steps.tick
+                )
+                steps.entry(name, part, "int8")
+            inputs = floats.outputs
+
+
+def _calibration(
+    errors: dict[str, dict[str, Any]], data: CalibrationSet | None
+) -> dict[str, Any] | None:
+    if not errors:
+        return None
+    images = {} if data is None else {
+        "sha256": data.sha256, "pictures": len(data.paths), "held_out": len(data.held_out)
+    }  # fmt: skip
+    return {"images": images, "parts": errors}
+
+
+def part_sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes by engine (its graphs and weights), of the token table, and of the rest."""
+    sizes = dict.fromkeys([*manifest.engines, "embeddings", "other"], 0)
+    for name, entry in manifest.files.items():
+        stem = name.split(".")[0].removesuffix("_scales")
+        sizes[stem if stem in sizes else "other"] += entry.size
+    return sizes

@@ -1,0 +1,75 @@
+"""Which precision each part is exported in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import get_args
+
+from vlm_edge.errors import SettingError
+from vlm_edge.runtime.manifest import Precision
+
+KNOWN: tuple[Precision, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True)
+class PrecisionPlan:
+    """A precision for every part, and exceptions by name.
+
+    INT4 is for language models (weights only); under a default of int4 other parts get int8.
+    """
+
+    default: Precision = "fp32"
+    parts: Mapping[str, Precision] = field(default_factory=dict)
+
+    @classmethod
+    def uniform(cls, precision: str) -> PrecisionPlan:
+        return cls(_known(precision, "the precision"))
+
+    @classmethod
+    def parse(cls, text: str) -> PrecisionPlan:
+        """From `vision=int8,connector=fp32,llm=int4`; parts left out stay in full precision.
+
+        Raises:
+            SettingError: not of this form, or a precision we do not have.
+        """
+        parts: dict[str, Precision] = {}
+        for item in text.split(","):
+            name, equals, precision = (piece.strip() for piece in item.partition("="))
+            if not name or not equals:
+                raise SettingError(f"{item!r} is not PART=PRECISION, such as vision=int8")
+            if name in parts:
+                raise SettingError(f"{name} is given twice")
+            parts[name] = _known(precision, name)
+        return cls("fp32", parts)
+
+    def of(self, part: str, weight_only: bool) -> Precision:
+        """The precision of a part; `weight_only` as in `Part`."""
+        if part not in self.parts and self.default == "int4" and not weight_only:
+            return "int8"
+        return self.parts.get(part, self.default)
+
+    def check(self, parts: Mapping[str, bool]) -> None:
+        """Is every exception a part of the architecture, in a precision it has?
+
+        Args:
+            parts: by name, whether the part is weight-only (`Part.weight_only`).
+
+        Raises:
+            SettingError: no.
+        """
+        unknown = self.parts.keys() - parts.keys()
+        if unknown:
+            raise SettingError(
+                f"no part {', '.join(sorted(unknown))}; this architecture has {', '.join(parts)}"
+            )
+        for name, precision in self.parts.items():
+            if precision == "int4" and not parts[name]:
+                raise SettingError(f"{name}=int4: only language models have INT4; use {name}=int8")
+
+
+def _known(precision: str, what: str, known: Iterable[Precision] = KNOWN) -> Precision:
+    for name in known:
+        if name == precision:
+            return name
+    raise SettingError(f"{what} is {precision!r}; known are {', '.join(KNOWN)}")

@@ -1,0 +1,261 @@
+"""How a linear layer's weight is stored: the one place where a part's precision changes its graph.
+
+A layer asks its quantizer for the product `x @ weight.T`. Everything is written as standard ONNX,
+quantization as symmetric QuantizeLinear/DequantizeLinear with zero-point 0, which each engine fuses
+(TensorRT wants exactly this; `lowering/` adapts it where another engine wants it otherwise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import nn
+
+from vlm_edge.errors import CalibrationError
+from vlm_edge.export.checkpoint import CHUNK_BYTES, TensorRef
+from vlm_edge.export.tensors import StreamedTensor, constant, transposed
+
+TINY = np.float32(1e-12)  # smallest scale: a column of zeros stays zero instead of dividing by it
+
+
+class Quantizer(Protocol):
+    """Gives a linear layer its product with a stored weight."""
+
+    def product(self, path: str, weight: TensorRef) -> nn.Module:
+        """A module `(op, x [..., in]) -> [..., out]` for `weight [out, in]` of layer `path`."""
+
+
+class FloatProduct(nn.Module):
+    """MatMul with the float32 weight."""
+
+    def __init__(self, weight: TensorRef) -> None:
+        super().__init__("")
+        self.weight = nn.Parameter((weight.shape[1], weight.shape[0]), data=transposed(weight))
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        return op.MatMul(x, self.weight)
+
+
+class Float:
+    """Full precision."""
+
+    def product(self, path: str, weight: TensorRef) -> nn.Module:
+        return FloatProduct(weight)
+
+
+class Observer:
+    """Full precision, noting every linear layer's input so that calibration can read it.
+
+    Args:
+        reduce: `(op, value) -> value`, what to keep of an input.
+
+    Attributes:
+        observed: the reduced value of each distinct linear input, by the path of the first layer
+            that reads it.
+    """
+
+    def __init__(self, reduce: Callable[[Any, ir.Value], ir.Value]) -> None:
+        self.observed: dict[str, ir.Value] = {}
+        self._reduce = reduce
+        self._seen: list[ir.Value] = []
+
+    def product(self, path: str, weight: TensorRef) -> nn.Module:
+        return _Observed(self, path, weight)
+
+    def note(self, op: Any, path: str, x: ir.Value) -> None:
+        if not any(x is seen for seen in self._seen):
+            self._seen.append(x)
+            self.observed[path] = self._reduce(op, x)
+
+
+class _Observed(FloatProduct):
+    def __init__(self, observer: Observer, path: str, weight: TensorRef) -> None:
+        super().__init__(weight)
+        self._observer, self._path = observer, path
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        self._observer.note(op, self._path, x)
+        return super().forward(op, x)
+
+
+class StaticInt8:
+    """W8A8: per-channel int8 weights, one calibrated scale for each layer's input.
+
+    Args:
+        ranges: largest magnitude to represent at the input of each layer, by the path of the first
+            layer that reads it (`Observer.observed`).
+    """
+
+    def __init__(self, ranges: Mapping[str, float]) -> None:
+        self._ranges = ranges
+        self._seen: list[tuple[ir.Value, ir.Value]] = []
+
+    def product(self, path: str, weight: TensorRef) -> nn.Module:
+        return _StaticInt8Product(self, path, weight)
+
+    def activation(self, op: Any, path: str, x: ir.Value) -> ir.Value:
+        """x after its Q/DQ pair; layers that share an input (query, key, value) share the pair."""
+        for value, quantized in self._seen:
+            if value is x:
+                return quantized
+        if path not in self._ranges:
+            raise CalibrationError(f"no range was calibrated for the input of {path}")
+        scale = op.Constant(value_float=float(max(self._ranges[path] / 127, TINY)))
+        zero = op.Constant(value=ir.Tensor(np.zeros((), np.int8)))
+        quantized = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        self._seen.append((x, quantized))
+        return quantized
+
+
+class _StaticInt8Product(nn.Module):
+    def __init__(self, quantizer: StaticInt8, path: str, weight: TensorRef) -> None:
+        super().__init__("")
+        outputs, inputs = weight.shape
+        self._quantizer, self._path = quantizer, path
+        scale = channel_scales(weight)
+        self.weight = nn.Parameter(
+            (inputs, outputs),
+            data=StreamedTensor(
+                lambda: _int8_columns(weight, scale), ir.DataType.INT8, (inputs, outputs)
+            ),
+        )
+        self.weight_scale = nn.Parameter((outputs,), data=constant(scale))
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        x = self._quantizer.activation(op, self._path, x)
+        return op.MatMul(x, op.DequantizeLinear(self.weight, self.weight_scale, axis=1))
+
+
+class WeightOnly:
+    """Blocks of the input axis share a scale; activations stay float.
+
+    Args:
+        bits: 8, or 4.
+        block: longest block; shorter powers of two are used where the width asks for it.
+        keep8: layer paths that stay at 8 bits (the output head decides the token by itself).
+
+    Attributes:
+        errors: relative error of each weight, once it has been written.
+    """
+
+    def __init__(self, bits: int, block: int, keep8: frozenset[str] = frozenset()) -> None:
+        self._bits, self._block, self._keep8 = bits, block, keep8
+        self.errors: Errors = {}
+
+    def product(self, path: str, weight: TensorRef) -> nn.Module:
+        bits = 8 if path in self._keep8 else self._bits
+        block = block_size(weight.shape[1], self._block)
+        return _BlockProduct(path, weight, bits, block, self.errors)
+
+
+class _BlockProduct(nn.Module):
+    def __init__(self, path: str, weight: TensorRef, bits: int, block: int, errors: Errors) -> None:
+        super().__init__("")
+        outputs, inputs = weight.shape
+        self._block = block
+        dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
+        blocks = _Blocks(path, weight, bits, block, errors)
+        self.weight = nn.Parameter(
+            (inputs, outputs),
+            dtype=dtype,
+            data=StreamedTensor(blocks.values, dtype, (inputs, outputs)),
+        )
+        shape = (inputs // block, outputs)
+        self.weight_scale = nn.Parameter(
+            shape, data=StreamedTensor(blocks.scales, ir.DataType.FLOAT, shape)
+        )
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        weight = op.DequantizeLinear(self.weight, self.weight_scale, axis=0, block_size=self._block)
+        return op.MatMul(x, weight)
+
+
+Errors = dict[str, float]  # relative weight error (root mean square) by layer path
+
+
+@dataclass
+class _Blocks:
+    """One weight, quantized once: the pass over the values leaves the scales for the next tensor."""
+
+    path: str
+    weight: TensorRef
+    bits: int
+    block: int
+    errors: Errors
+    _scales: list[np.ndarray] = field(default_factory=list)
+
+    def values(self) -> Iterator[np.ndarray]:
+        self._scales = []
+        outputs, _ = self.weight.shape
+        # The scale search holds several copies of a chunk: keep chunks small.
+        step = self.block * max(1, CHUNK_BYTES // (16 * outputs * self.block))
+        error = norm = 0.0
+        for rows in self.weight.T.rows(step):  # [step, out]
+            grouped = rows.reshape(-1, self.block, outputs)
+            scales = _best_scales(grouped, self.bits)  # [step / block, 1, out]
+            values = _rounded(grouped, scales, self.bits)
+            error += float(np.square(values * scales - grouped).sum(dtype=np.float64))
+            norm += float(np.square(grouped).sum(dtype=np.float64))
+            self._scales.append(scales[:, 0])
+            yield values.astype(np.int8).reshape(rows.shape)
+        self.errors[self.path] = (error / norm) ** 0.5 if norm else 0.0
+
+    def scales(self) -> Iterator[np.ndarray]:
+        if not self._scales:
+            for _ in self.values():
+                pass
+        scales, self._scales = self._scales, []
+        yield from scales
+
+
+def block_size(inputs: int, longest: int) -> int:
+    """The longest power of two <= `longest` that divides the width; the whole width where none >= 16
+    does (one scale a column)."""
+    size = longest
+    while size >= 16:
+        if inputs % size == 0:
+            return size
+        size //= 2
+    return inputs
+
+
+def channel_scales(weight: TensorRef) -> np.ndarray:
+    """float32 [out]: the scale that maps each output channel's largest weight to 127."""
+    peaks = [np.abs(rows).max(axis=1) for rows in weight.rows()]
+    return np.maximum(np.concatenate(peaks) / np.float32(127), TINY).astype(np.float32)
+
+
+def _int8_columns(weight: TensorRef, scale: np.ndarray) -> Iterator[np.ndarray]:
+    for rows in weight.T.rows():  # [step, out]
+        np.divide(rows, scale, out=rows)
+        yield np.clip(np.rint(rows, out=rows), -127, 127).astype(np.int8)
+
+
+def _rounded(grouped: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
+    """float32 whole numbers in the range of `bits` bits."""
+    values = np.divide(grouped, scales)
+    np.rint(values, out=values)
+    return np.clip(values, *((-127, 127) if bits == 8 else (-8, 7)), out=values)
+
+
+def _best_scales(grouped: np.ndarray, bits: int) -> np.ndarray:
+    """Scale of each block [blocks, 1, out]; at 4 bits the one of least squared error among a few,
+    since clipping the largest weight a little pays when there are 16 levels only."""
+    peak = np.abs(grouped).max(axis=1, keepdims=True)
+    if bits == 8:
+        return np.maximum(peak / np.float32(127), TINY)
+    best = np.maximum(peak / np.float32(7), TINY)
+    least = np.full(peak.shape, np.inf, np.float32)
+    for shrink in np.linspace(1.0, 0.76, 5, dtype=np.float32):
+        scale = np.maximum(peak * shrink / np.float32(7), TINY)
+        off = _rounded(grouped, scale, bits)
+        off *= scale
+        off -= grouped
+        error = np.square(off, out=off).sum(axis=1, keepdims=True)
+        best = np.where(error < least, scale, best)
+        least = np.minimum(error, least)
+    return best

@@ -1,0 +1,65 @@
+"""ONNX tensors whose values are computed while the file is written, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from vlm_edge.export.checkpoint import TensorRef
+
+
+class StreamedTensor(ir.LazyTensor):
+    """A lazy tensor made of blocks along its first axis; only one block is in memory at a time."""
+
+    __slots__ = ("_blocks",)
+
+    def __init__(
+        self, blocks: Callable[[], Iterable[np.ndarray]], dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> None:
+        def whole() -> ir.TensorProtocol:
+            values = np.concatenate(list(blocks())).reshape(shape)
+            return ir.Tensor(values, dtype=dtype)
+
+        super().__init__(whole, dtype, ir.Shape(shape))
+        self._blocks = blocks
+
+    def tofile(self, file: Any) -> None:
+        for block in self._blocks():
+            if self.dtype == ir.DataType.INT4:
+                block = pack_int4(block)
+            file.write(np.ascontiguousarray(block).data)
+
+    def tobytes(self) -> bytes:
+        if self.dtype == ir.DataType.INT4:
+            return b"".join(pack_int4(block).tobytes() for block in self._blocks())
+        return b"".join(np.ascontiguousarray(block).tobytes() for block in self._blocks())
+
+
+def pack_int4(values: np.ndarray) -> np.ndarray:
+    """Two values a byte, the first in the low half (ONNX INT4)."""
+    flat = np.asarray(values, dtype=np.int8).reshape(-1).view(np.uint8) & 0x0F
+    if flat.size % 2:
+        flat = np.append(flat, np.uint8(0))
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def float_tensor(ref: TensorRef) -> StreamedTensor:
+    """The checkpoint's tensor as float32, in its own layout."""
+    return StreamedTensor(ref.rows, ir.DataType.FLOAT, ref.shape)
+
+
+def transposed(ref: TensorRef) -> StreamedTensor:
+    """A linear weight [out, in] as MatMul's right side [in, out], float32."""
+    return float_tensor(ref.T)
+
+
+def constant(values: np.ndarray) -> ir.Tensor:
+    """A small tensor that is computed at once."""
+    dtype = (
+        ir.DataType.INT4 if values.dtype == ml_dtypes.int4 else ir.DataType.from_numpy(values.dtype)
+    )
+    return ir.Tensor(np.ascontiguousarray(values), dtype=dtype)

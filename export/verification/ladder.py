@@ -1,0 +1,203 @@
+"""The parity ladder, climbed with one prompt: stage by stage, and layer by layer where a stage fails.
+
+token ids -> pixels -> vision -> connector -> embeddings -> prefill logits -> greedy tokens. Every
+stage is fed what the bundle's own stages before it gave, so the first rung that fails is where the
+fault is. Stages that hold or follow a quantized engine are measured and not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vlm_edge.export.verification.layers import llm_layers, vision_layers
+from vlm_edge.export.verification.measures import (
+    cosine,
+    first_difference,
+    kl_divergence,
+    largest_difference,
+    relative_error,
+    top1_agreement,
+)
+from vlm_edge.export.verification.report import Rung
+from vlm_edge.runtime.prompt import BuiltPrompt
+from vlm_edge.runtime.vlm import VLM
+
+# Both sides compute the pixels in float32, of order 1.
+PIXEL_TOLERANCE = 1e-5
+# Two float32 implementations of one model differ by 1e-6 to 1e-5 after tens of layers; the smallest
+# real mistakes seen (tanh for erf in GELU, another epsilon) by more than 3e-4.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt to climb with."""
+
+    name: str
+    text: str
+    images: tuple[Path, ...]
+    template: bool
+
+
+def climb(vlm: VLM, reference: Any, probe: Probe, new_tokens: int) -> Iterator[Rung]:
+    """Rungs from the bottom up; none above the first that fails."""
+    ladder = _Ladder(vlm, reference, probe, new_tokens)
+    for stage in (ladder.token_ids, ladder.pixels, ladder.vision, ladder.connector, ladder.embeddings,
+                  ladder.logits, ladder.tokens):  # fmt: skip
+        failed = False
+        for rung in stage():
+            yield rung
+            failed = failed or rung.ok is False
+        if failed:
+            return
+
+
+class _Ladder:
+    """The stages of one probe; each method compares one and keeps what the next one is fed."""
+
+    def __init__(self, vlm: VLM, reference: Any, probe: Probe, new_tokens: int) -> None:
+        self._vlm, self._reference, self._probe = vlm, reference, probe
+        self._new_tokens = new_tokens
+        self._inputs = reference.inputs(probe.text, probe.images, probe.template)
+        self._built: BuiltPrompt = vlm.build_prompt(probe.text, probe.images, probe.template)
+        self._exact = True  # no quantized engine so far
+
+    def token_ids(self) -> Iterator[Rung]:
+        found, expected = list(self._built.token_ids), self._inputs.token_ids
+        yield self._differences("token ids", "differing token ids", found, expected)
+
+    def pixels(self) -> Iterator[Rung]:
+        self._expected = self._reference.stages(self._inputs)
+        if not self._built.images:
+            return
+        self._tiles = [self._vlm.pixels(image) for image in self._built.images]
+        value = largest_difference(np.concatenate(self._tiles), self._inputs.pixels)
+        yield self._rung("pixels", "largest difference", value, PIXEL_TOLERANCE)
+
+    def vision(self) -> Iterator[Rung]:
+        if not self._built.images:
+            return
+        run = self._vlm.vision.run
+        self._features = [run({"pixel_values": tiles})["features"] for tiles in self._tiles]
+        yield from self._stage(
+            "vision",
+            np.concatenate(self._features),
+            self._expected.features,
+            lambda: vision_layers(self._vlm.bundle, np.concatenate(self._tiles)),
+        )
+
+    def connector(self) -> Iterator[Rung]:
+        if not self._built.images:
+            return
+        run = self._vlm.connector.run
+        found = [run({"features": features})["image_features"] for features in self._features]
+        yield from self._stage("connector", np.concatenate(found), self._expected.image_features)
+
+    def embeddings(self) -> Iterator[Rung]:
+        self._exact = self._exact and self._vlm.manifest.embeddings.scales is None
+        self._embeds = self._vlm.embed(self._built)
+        yield from self._stage("embeddings", self._embeds, self._expected.embeddings)
+
+    def logits(self) -> Iterator[Rung]:
+        self._vlm.decoder.length = 0
+        self._prefilled = self._vlm.decoder.prefill(self._embeds).copy()
+        expected = self._expected.logits
+        yield from self._stage(
+            "prefill logits",
+            self._prefilled,
+            expected,
+            lambda: llm_layers(self._vlm.bundle, self._embeds),
+        )
+        if not self._exact:
+            divergence = kl_divergence(self._prefilled, expected)
+            yield self._rung("prefill logits", "KL divergence, nats", divergence, None)
+
+    def tokens(self) -> Iterator[Rung]:
+        name = "greedy tokens"
+        tokens, expected = self._reference.greedy(self._inputs, self._new_tokens)
+        # First along the reference's own answer, so that one early difference does not hide the rest.
+        rows = self._vlm.embeddings.rows(np.asarray(tokens[:-1], np.int64))
+        logits = [self._prefilled, *(self._vlm.decoder.decode(row).copy() for row in rows)]
+        found = np.stack(logits)
+        if self._exact:
+            error = relative_error(found, expected)
+            yield self._rung(name, "relative error of the logits, worst step", error, TOLERANCE)
+        else:
+            yield self._rung(name, "top-1 agreement", top1_agreement(found, expected), None)
+            yield self._rung(name, "KL divergence, nats", kl_divergence(found, expected), None)
+        answer = self._vlm.generate(
+            self._probe.text,
+            self._probe.images,
+            self._probe.template,
+            max_new_tokens=self._new_tokens,
+            temperature=0,
+        )
+        rung = self._differences(name, "differing tokens", list(answer.token_ids), tokens)
+        if self._exact:
+            yield rung
+        else:
+            first = first_difference(answer.token_ids, tokens)
+            value = len(tokens) if first is None else first
+            yield self._rung(name, "tokens before the first difference", value, None, rung.detail)
+
+    def _stage(
+        self,
+        name: str,
+        found: np.ndarray,
+        expected: np.ndarray,
+        layers: Callable[[], dict[str, np.ndarray]] | None = None,
+    ) -> Iterator[Rung]:
+        engine = "llm" if name == "prefill logits" else name
+        entry = self._vlm.manifest.engines.get(engine)
+        self._exact = self._exact and (entry is None or entry.precision == "fp32")
+        if not self._exact:
+            yield self._rung(name, "cosine", cosine(found, expected), None)
+            return
+        metric = "relative error, worst row"
+        rung = self._rung(name, metric, relative_error(found, expected), TOLERANCE)
+        if rung.ok or layers is None:
+            yield rung
+            return
+        outputs = layers()
+        for layer, output in outputs.items():
+            error = relative_error(output, self._expected.layers[layer])
+            if error > TOLERANCE:
+                yield self._rung(name, metric, error, TOLERANCE, layer=layer)
+                yield rung
+                return
+        yield self._rung(name, metric, rung.value, TOLERANCE, f"its {len(outputs)} layers agree")
+
+    def _differences(self, name: str, metric: str, found: list[int], expected: list[int]) -> Rung:
+        first = first_difference(found, expected)
+        if first is None:
+            return self._rung(name, metric, 0, 0)
+        count = sum(a != b for a, b in zip(found, expected, strict=False)) + abs(
+            len(found) - len(expected)
+        )
+        return self._rung(
+            name,
+            metric,
+            count,
+            0,
+            f"position {first} is {_at(found, first)} instead of {_at(expected, first)}",
+        )
+
+    def _rung(
+        self,
+        name: str,
+        metric: str,
+        value: float,
+        tolerance: float | None,
+        detail: str = "",
+        layer: str | None = None,
+    ) -> Rung:
+        return Rung(name, self._probe.name, layer, metric, float(value), tolerance, detail)
+
+
+def _at(tokens: list[int], index: int) -> str:
+    return str(tokens[index]) if index < len(tokens) else "missing"

@@ -1,0 +1,1 @@
+"""Vision encoders, one file each, and the selection of their hidden states."""
