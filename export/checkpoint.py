@@ -51,7 +51,7 @@ class TensorRef:
         return [TensorRef(self.name, v) for v in np.split(self.view, parts)]
 
     @property
-    def T(self) -> TensorRef:  # noqa: N802  # numpy's name for it
+    def T(self) -> TensorRef:
         return TensorRef(self.name, self.view.T)
 
 

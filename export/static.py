@@ -135,7 +135,7 @@ def write_int8(
         runs = _runs(lowered, name, source.name, floats.inputs[held_out])
         error = feature_error(
             (produced[target.name], floats.outputs[index])
-            for index, produced in zip(held_out, runs)
+            for index, produced in zip(held_out, runs, strict=True)
         )
         measured[method] = {"cosine": error.cosine, "relative_error": error.relative}
     best = min(measured, key=lambda method: measured[method]["relative_error"])
@@ -149,4 +149,4 @@ def _runs(path: Path, name: str, feed: str, inputs: np.ndarray) -> Iterator[dict
     session = open_session(path, name, None, {"session.disable_prepacking": "1"})
     names = [output.name for output in session.get_outputs()]
     for row in inputs:
-        yield dict(zip(names, session.run(names, {feed: np.ascontiguousarray(row)[None]})))
+        yield dict(zip(names, session.run(names, {feed: np.ascontiguousarray(row)[None]}), strict=True))

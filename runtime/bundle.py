@@ -80,7 +80,7 @@ class Bundle:
         names = list(self.manifest.files)
         with ThreadPoolExecutor() as pool:  # hashlib releases the interpreter lock
             digests = pool.map(lambda name: file_digest(self.file(name)), names)
-            for name, digest in zip(names, digests):
+            for name, digest in zip(names, digests, strict=True):
                 if digest != self.manifest.files[name].sha256:
                     raise BundleDamaged(self.path, f"{name} differs from the sha256 in {NAME}")
 

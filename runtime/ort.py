@@ -67,7 +67,7 @@ class OrtEngine:
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(zip(self._outputs, self._session.run(self._outputs, feeds)))
+            return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         except Exception as error:
             raise EngineFailure(self._name, _first_line(error)) from error
 
@@ -105,8 +105,9 @@ class OrtDecoder:
         count = embeds.shape[1]
         self._reserve(self.length + count)
         logits = np.empty((1, 1, self._settings.vocab_size), np.float32)
-        for start in range(0, count, CHUNK):
-            chunk = np.ascontiguousarray(embeds[:, start : start + CHUNK], dtype=np.float32)
+        longest = CHUNK if self._settings.chunked_prefill else count
+        for start in range(0, count, longest):
+            chunk = np.ascontiguousarray(embeds[:, start : start + longest], dtype=np.float32)
             size = chunk.shape[1]
             step = _Step(self, size, logits)
             step.run(chunk, self.length)

@@ -1,4 +1,4 @@
-"""Visual tokens into their places among the prompt's embeddings, and prompts compared position by position."""
+"""Visual tokens spliced into the embedded prompt, and prompts compared position by position."""
 
 from __future__ import annotations
 

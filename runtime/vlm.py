@@ -317,7 +317,7 @@ class VLM:
         keys = prefix_keys(
             ids,
             self.manifest.prompt.image_token_id,
-            [(image.digest, len(tokens)) for image, tokens in zip(decoded, features)],
+            [(image.digest, len(tokens)) for image, tokens in zip(decoded, features, strict=True)],
         )
         kept = shared_prefix(self._cached, keys) if reuse else 0
         embeds = self._splice(built, features)[:, kept:]

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-from vlm_edge.errors import BrokenArchitecture, UnknownArchitecture
+from vlm_edge.errors import BrokenArchitecture, UnknownArchitecture, UnsupportedConfig
 
 REQUIRED = ("MODEL_TYPES", "RENAMES", "read")
 
@@ -40,6 +40,7 @@ def find_for(model_type: object) -> tuple[str, ModuleType]:
 
     Raises:
         UnknownArchitecture: none does.
+        UnsupportedConfig: config.json does not say.
     """
     types: dict[str, str] = {}
     for name in known():
@@ -47,4 +48,8 @@ def find_for(model_type: object) -> tuple[str, ModuleType]:
         types.update((kind, name) for kind in module.MODEL_TYPES)
         if model_type in module.MODEL_TYPES:
             return name, module
+    if model_type is None:
+        raise UnsupportedConfig(
+            "model_type", None, f"it should be one of {', '.join(sorted(types))}"
+        )
     raise UnknownArchitecture(str(model_type), types)

@@ -49,7 +49,7 @@ def run_decoder(
         [inputs[f"past.key.{i}"] for i in layers],
         [inputs[f"past.value.{i}"] for i in layers],
     )
-    return [logits, *(value for pair in zip(keys, values) for value in pair)]
+    return [logits, *(value for pair in zip(keys, values, strict=True) for value in pair)]
 
 
 def decoder_settings(config: DecoderConfig) -> DecoderSettings:
@@ -61,6 +61,7 @@ def decoder_settings(config: DecoderConfig) -> DecoderSettings:
         vocab_size=config.vocab_size,
         max_positions=config.max_positions,
         sliding_window=config.window,
+        chunked_prefill=config.rope.dynamic is None,
     )
 
 

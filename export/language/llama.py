@@ -71,6 +71,7 @@ def read(config: Config) -> DecoderConfig:
         )
     positions = config.size("max_position_embeddings", positions)
     layers = config.size("num_hidden_layers", layers)
+    rope = read_rope(config, head_dim, positions)
     bias = config.flag("attention_bias", False) if kind == "llama" else False
     window, sliding = _window(config, kind, layers, window)
     decoder = DecoderConfig(
@@ -80,14 +81,14 @@ def read(config: Config) -> DecoderConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        max_positions=positions,
+        max_positions=rope.max_positions(positions),
         vocab_size=config.size("vocab_size", vocab),
         epsilon=float(config.get("rms_norm_eps", 1e-6)),
         qkv_bias=bias or kind == "qwen2",
         output_bias=bias,
         mlp_bias=config.flag("mlp_bias", False) if kind == "llama" else False,
         act=activation(config, "hidden_act", "silu"),
-        rope=read_rope(config, head_dim, positions),
+        rope=rope,
         window=window,
         sliding=sliding,
         tied=config.flag("tie_word_embeddings", False),

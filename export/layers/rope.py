@@ -38,6 +38,10 @@ class Rope:
     scaling: float
     dynamic: tuple[float, int] | None
 
+    def max_positions(self, trained: int) -> int:
+        """How far positions may go; dynamic scaling stretches what was trained."""
+        return trained if self.dynamic is None else int(self.dynamic[0] * trained)
+
     def __call__(self, op: Any, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
         """positions int64 [batch, s] -> cosines and sines [batch, s, head_dim / 2]."""
         where = op.Unsqueeze(op.Cast(positions, to=ir.DataType.FLOAT), [-1])  # [batch, s, 1]

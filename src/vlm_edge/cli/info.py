@@ -1,0 +1,108 @@
+"""`vlm info`: what is in a bundle, from its manifest alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vlm_edge.cli.guard import Command
+
+if TYPE_CHECKING:
+    from vlm_edge.runtime.manifest import Manifest
+
+
+class ImageSize(click.ParamType[tuple[int, int]]):
+    """WIDTHxHEIGHT in pixels."""
+
+    name = "WIDTHxHEIGHT"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, int]:
+        found = re.fullmatch(r"([1-9]\d{0,5})[xX×]([1-9]\d{0,5})", str(value))
+        if not found:
+            self.fail(f"{value!r} is not WIDTHxHEIGHT in pixels, such as 672x1008", param, ctx)
+        return int(found[1]), int(found[2])
+
+
+@click.command(cls=Command, short_help="Say what is in a bundle.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--image-size", type=ImageSize(), help="Also the tokens that such an image takes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def info(bundle: Path, image_size: tuple[int, int] | None, as_json: bool) -> None:
+    """Say what BUNDLE holds: architecture, parts, precisions, sizes, tokens and context."""
+    from vlm_edge.runtime.manifest import read_manifest
+
+    facts = describe(bundle, read_manifest(bundle), image_size)
+    if as_json:
+        click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+    else:
+        show(facts)
+
+
+def describe(
+    bundle: Path, manifest: Manifest, image_size: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What `--json` prints; sizes in bytes, files of no engine under `other`."""
+    sizes = dict.fromkeys([*manifest.engines, "embeddings", "other"], 0)
+    for name, entry in manifest.files.items():
+        part = name.partition(".")[0].removesuffix("_scales")  # vision.onnx, vision.cpu.onnx, ...
+        sizes[part if part in sizes else "other"] += entry.size
+    facts: dict[str, Any] = {
+        "bundle": bundle.resolve().name,
+        "architecture": manifest.architecture,
+        "source": manifest.source.name,
+        "source_dtype": manifest.source.dtype,
+        "producer": manifest.producer,
+        "format": manifest.format,
+        "precisions": {name: engine.precision for name, engine in manifest.engines.items()},
+        "sizes": sizes,
+        "size": sum(sizes.values()),
+        "tile": {"width": manifest.image.width, "height": manifest.image.height},
+        "tokens_per_image": manifest.prompt.tokens_per_image,
+        "context": manifest.decoder.max_positions,
+        "layers": manifest.decoder.layers,
+        "vocabulary": manifest.decoder.vocab_size,
+        "verified": manifest.parity is not None,
+    }
+    if image_size is not None:
+        width, height = image_size
+        tokens = manifest.prompt.tokens_per_image  # tiling "single": whatever the size
+        facts["image"] = {"width": width, "height": height, "tokens": tokens}
+    return facts
+
+
+def show(facts: dict[str, Any]) -> None:
+    """The facts as two tables: the model, and what its parts weigh."""
+    from rich.console import Console
+    from rich.table import Table
+
+    model = Table(show_header=False, box=None, pad_edge=False)
+    tile = facts["tile"]
+    rows = {
+        "architecture": facts["architecture"],
+        "source": f"{facts['source']} ({facts['source_dtype']})",
+        "made by": f"{facts['producer']}, format {facts['format']}",
+        "image": f"{tile['width']}x{tile['height']} pixels, {facts['tokens_per_image']} tokens",
+        "context": f"{facts['context']:,} tokens",
+        "verified": "yes" if facts["verified"] else "no: see `vlm verify`",
+    }
+    if "image" in facts:
+        image = facts["image"]
+        rows[f"{image['width']}x{image['height']}"] = f"{image['tokens']} tokens"
+    for name, value in rows.items():
+        model.add_row(name, value)
+
+    parts = Table("part", "precision")
+    parts.add_column("MB", justify="right")
+    for part, size in facts["sizes"].items():
+        parts.add_row(part, facts["precisions"].get(part, ""), f"{size / 1e6:,.1f}")
+    parts.add_section()
+    parts.add_row("all", "", f"{facts['size'] / 1e6:,.1f}")
+    console = Console()
+    console.print(model)
+    console.print(parts)

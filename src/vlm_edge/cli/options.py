@@ -1,0 +1,69 @@
+"""Options that several commands share, and how a progress callback reaches the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEVICES = ("cpu", "cuda", "tensorrt")
+Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
+
+
+def device(command: F) -> F:
+    return click.option(
+        "--device",
+        type=click.Choice(DEVICES),
+        default="cpu",
+        show_default=True,
+        help="Where the engines run; one that is absent is an error, never a fallback.",
+    )(command)
+
+
+def threads(command: F) -> F:
+    return click.option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=None,
+        help="CPU threads of each engine.  [default: all that the process may use]",
+    )(command)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """A callback that shows a bar per step on stderr; plain lines where that is not a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        started: set[str] = set()
+
+        def line(step: str, done: int, total: int) -> None:
+            if step not in started:
+                started.add(step)
+                click.echo(f"{step} ...", err=True)
+
+        yield line
+        return
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Bars(*columns, console=console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def bar(step: str, done: int, total: int) -> None:
+            if step not in tasks:
+                tasks[step] = bars.add_task(step, total=total)
+            bars.update(tasks[step], completed=done, total=total)
+
+        yield bar

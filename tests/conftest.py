@@ -1,0 +1,76 @@
+"""Checkpoints, references and bundles the tests share, each made once per session when first asked for.
+
+torch and transformers are imported inside the fixtures: tests that need neither run without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from pictures import write_pictures
+from tiny import build
+
+if TYPE_CHECKING:
+    from reference import Reference
+
+
+class Cache(dict[Any, Any]):
+    """Calls `make` for a key that is asked for the first time."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+
+    def __call__(self, *key: Any) -> Any:
+        if key not in self:
+            self[key] = self.make(*key)
+        return self[key]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Image files by name; see pictures.SIZES."""
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """checkpoint(case) -> folder of the tiny checkpoint `case` of tiny.CASES; do not write into it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return Cache(lambda case: build(case, root / case))
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Reference]:
+    """reference(case) -> the checkpoint in transformers."""
+    from reference import Reference
+
+    return Cache(lambda case: Reference(checkpoint(case)))
+
+
+@pytest.fixture(scope="session")
+def bundle(
+    tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]
+) -> Callable[..., Path]:
+    """bundle(case, precision="fp32") -> folder of the exported bundle; do not write into it."""
+    root = tmp_path_factory.mktemp("bundles")
+
+    def export_case(case: str, precision: str = "fp32") -> Path:
+        from vlm_edge.export.pipeline import export
+        from vlm_edge.export.precision import PrecisionPlan
+
+        plan = PrecisionPlan.uniform(precision)
+        export(checkpoint(case), root / f"{case}-{precision}", precision=plan)
+        return root / f"{case}-{precision}"
+
+    return Cache(export_case)
+
+
+@pytest.fixture(scope="session")
+def vlm(bundle: Callable[..., Path]) -> Callable[..., Any]:
+    """vlm(case, precision="fp32") -> the bundle loaded on the CPU."""
+    from vlm_edge import VLM
+
+    return Cache(lambda *key: VLM.load(bundle(*key), device="cpu"))

@@ -1,0 +1,100 @@
+"""The two kinds of tokenizer LLaVA's language models use, tiny: Llama's pieces and GPT-2's bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+MERGES = "t h,h e,i n,a n,o u,s t,e r,w h,a t,l o,r e,wh at,th e,i s,an d,c o,co lo".split(",")
+WORD_MERGES = [("▁", word) for word in ("t", "a", "i", "the", "what", "is", "and", "colo")]
+
+CHAT_TEMPLATES = {
+    "pieces": (  # as llava-1.5
+        "{% for message in messages %}{% if message['role'] != 'system' %}"
+        "{{ message['role'].upper() + ': ' }}{% endif %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+        "{{ '<image>\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    ),
+    "mistral": (  # the beginning-of-text token is in the template: the tokenizer must not add another
+        "{{ bos_token }}{% for message in messages %}{{ '[INST] ' }}"
+        "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>\n' }}"
+        "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{{ ' [/INST]' }}{% endfor %}"
+    ),
+    "bytes": (  # as llava-interleave-qwen
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<image>' }}"
+        "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+
+
+def tokenizer_of(kind: str) -> Any:
+    """A PreTrainedTokenizerFast of about 300 tokens; `kind` is "pieces" or "bytes"."""
+    from transformers import PreTrainedTokenizerFast
+
+    if kind == "pieces":
+        return PreTrainedTokenizerFast(
+            tokenizer_object=_pieces(), bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+            additional_special_tokens=["<image>"], clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_bytes(), eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<image>"], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def _pairs() -> list[tuple[str, str]]:
+    return [(first, second) for first, second in (merge.split() for merge in MERGES)]
+
+
+def _vocabulary(first: list[str], merges: list[tuple[str, str]]) -> dict[str, int]:
+    words = [*first, *("".join(pair) for pair in merges)]
+    return {word: index for index, word in enumerate(dict.fromkeys(words))}
+
+
+def _pieces() -> Any:
+    """As the tokenizer.json of Llama 2: SentencePiece's "▁", unknown characters as bytes, <s> in front."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    merges = [*_pairs(), *WORD_MERGES]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = _vocabulary(
+        ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁ASU", *letters],
+        merges,
+    )
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<image>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def _bytes() -> Any:
+    """As the tokenizer.json of Qwen2 and SmolLM2: byte-level BPE, nothing in front."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    merges = [*_pairs(), *(("Ġ", word) for _, word in WORD_MERGES)]
+    tokenizer = Tokenizer(
+        models.BPE(_vocabulary(sorted(pre_tokenizers.ByteLevel.alphabet()), merges), merges)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"])
+    return tokenizer

@@ -1,0 +1,89 @@
+"""The frozen parts of the demo model in torch: vision tower, language model, tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaModel
+
+from vlm_edge.export import demo
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What stage 1 does not train. The language model is bfloat16: twice as fast on AVX512-BF16."""
+
+    vision: nn.Module
+    language: nn.Module
+    table: torch.Tensor  # [vocab, width], the token embeddings and the output head
+    encode: Callable[[str], list[int]]
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [rows, length, width]."""
+        return self.table[ids]
+
+
+def load_frozen(dtype: torch.dtype = torch.bfloat16) -> Frozen:
+    """Read the parts of the demo model, as `vlm_edge.export.demo` does."""
+    parts = demo.find_parts()
+    config = demo.model_config()
+    vision = Dinov2Model(Dinov2Config(**config["vision_config"]))
+    vision.load_state_dict(renamed(demo.vision_tensors(parts["vision"]), vision))
+    language = LlamaModel(LlamaConfig(**config["text_config"]))
+    tensors = demo.language_tensors(parts["language"])
+    language.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
+    language.to(dtype)
+    for module in (vision, language):
+        module.eval().requires_grad_(False)
+    tokenizer = Tokenizer.from_str(demo.tokenizer_json(parts["language"]))
+    return Frozen(
+        vision,
+        language,
+        language.embed_tokens.weight,
+        lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+    )
+
+
+def renamed(tensors: dict[str, np.ndarray], module: nn.Module) -> dict[str, torch.Tensor]:
+    """Checkpoint names -> module names, which newer transformers shortened."""
+    new = {
+        "attention.attention.query": "attention.q_proj",
+        "attention.attention.key": "attention.k_proj",
+        "attention.attention.value": "attention.v_proj",
+        "attention.output.dense": "attention.o_proj",
+    }
+    found = {}
+    for name, array in tensors.items():
+        if name not in module.state_dict():
+            for old, short in new.items():
+                name = name.replace(old, short)
+        found[name] = torch.tensor(array)  # a copy: the file is mapped read-only
+    return found
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    """The processor's pixel values [3, 112, 112]: shortest edge resized, centre cropped."""
+    width, height = image.size
+    short = min(width, height)
+    size = (int(demo.IMAGE * width / short), int(demo.IMAGE * height / short))
+    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    left, top = (size[0] - demo.IMAGE) // 2, (size[1] - demo.IMAGE) // 2
+    image = image.crop((left, top, left + demo.IMAGE, top + demo.IMAGE))
+    scaled = np.asarray(image, np.float32) / 255  # [112, 112, 3]
+    normal = (scaled - np.asarray(demo.MEAN, np.float32)) / np.asarray(demo.STD, np.float32)
+    return normal.transpose(2, 0, 1)
+
+
+@torch.no_grad()
+def image_features(frozen: Frozen, images: Sequence[Image.Image] | torch.Tensor) -> torch.Tensor:
+    """The chosen layers side by side [images, patches, layers * width], without the CLS token."""
+    if not isinstance(images, torch.Tensor):
+        images = torch.from_numpy(np.stack([pixels(image) for image in images]))
+    states = frozen.vision(images, output_hidden_states=True).hidden_states
+    return torch.cat([states[layer][:, 1:] for layer in demo.FEATURE_LAYERS], -1)
