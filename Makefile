@@ -57,7 +57,8 @@ demo: $(OUT)/llava-int8/manifest.json $(OUT)/llava-fp32/manifest.json
 	@echo
 	$(DEMO)/bin/vlm run $(OUT)/llava-int8 $(PICTURE) -p "$(QUESTION)"
 	@echo
-	$(DEMO)/bin/vlm bench $(OUT)/llava-int8 --against $(OUT)/llava-fp32 --image $(PICTURE) --runs 5
+	$(DEMO)/bin/vlm bench $(OUT)/llava-int8 --against $(OUT)/llava-fp32 --image $(PICTURE) \
+		--prompt "$(QUESTION)" --runs 5
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(OUT) .links build dist *.egg-info

@@ -61,6 +61,12 @@ class Ranges:
             self.minmax[path] = max(self.minmax.get(path, 0.0), float(largest[0]))
             self.percentile[path] = max(self.percentile.get(path, 0.0), float(largest[-1]))
 
+    def share(self, readers: Mapping[str, str]) -> None:
+        """Give layers that read the same input its range (`Observer.readers`)."""
+        for path, first in readers.items():
+            self.minmax[path] = self.minmax[first]
+            self.percentile[path] = self.percentile[first]
+
     def method(self, name: str) -> dict[str, float]:
         return {"minmax": self.minmax, "percentile": self.percentile}[name]
 

@@ -56,20 +56,25 @@ class Observer:
     Attributes:
         observed: the reduced value of each distinct linear input, by the path of the first layer
             that reads it.
+        readers: for every layer's path, the path its input is observed under.
     """
 
     def __init__(self, reduce: Callable[[Any, ir.Value], ir.Value]) -> None:
         self.observed: dict[str, ir.Value] = {}
+        self.readers: dict[str, str] = {}
         self._reduce = reduce
-        self._seen: list[ir.Value] = []
+        self._seen: list[tuple[ir.Value, str]] = []
 
     def product(self, path: str, weight: TensorRef) -> nn.Module:
         return _Observed(self, path, weight)
 
     def note(self, op: Any, path: str, x: ir.Value) -> None:
-        if not any(x is seen for seen in self._seen):
-            self._seen.append(x)
+        first = next((path for seen, path in self._seen if seen is x), None)
+        if first is None:
+            first = path
+            self._seen.append((x, path))
             self.observed[path] = self._reduce(op, x)
+        self.readers[path] = first
 
 
 class _Observed(FloatProduct):
@@ -86,8 +91,7 @@ class StaticInt8:
     """W8A8: per-channel int8 weights, one calibrated scale for each layer's input.
 
     Args:
-        ranges: largest magnitude to represent at the input of each layer, by the path of the first
-            layer that reads it (`Observer.observed`).
+        ranges: largest magnitude to represent at the input of each layer, by layer path.
     """
 
     def __init__(self, ranges: Mapping[str, float]) -> None:

@@ -98,6 +98,7 @@ def run_float(
             )
         outputs[index] = features[0]
         progress(f"calibrate {name}", index + 1, len(inputs))
+    ranges.share(observer.readers)
     assert outputs is not None  # a calibration set is never empty
     path.with_suffix(".data").unlink(missing_ok=True)
     return Floats(inputs, outputs, ranges)
@@ -145,8 +146,7 @@ def write_int8(
 
 
 def _runs(path: Path, name: str, feed: str, inputs: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    # Without prepacking ONNX Runtime reads the weights from the mapped file instead of copying them.
-    session = open_session(path, name, None, {"session.disable_prepacking": "1"})
+    session = open_session(path, name, None, frugal=True)
     names = [output.name for output in session.get_outputs()]
     for row in inputs:
         yield dict(zip(names, session.run(names, {feed: np.ascontiguousarray(row)[None]}), strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 
 from vlm_edge.errors import CheckpointMissing, VerificationError
 from vlm_edge.export.verification.ladder import Probe, climb
-from vlm_edge.export.verification.report import STAGES, Report, Rung, store
+from vlm_edge.export.verification.report import STAGES, TEXT_STAGES, Report, Rung, store
 from vlm_edge.runtime.vlm import VLM
 
 __all__ = ["Report", "Rung", "store", "verify"]
@@ -46,11 +46,10 @@ def verify(
         VerificationError: no reference exists for the bundle's architecture.
         BundleError, DeviceError, ImageError, PromptError: the bundle cannot be run.
     """
-    steps = _Steps(progress, 1 + 2 * len(STAGES))
     with VLM.load(bundle, device="cpu") as vlm:
-        steps("reference")
-        reference = _reference(vlm.manifest.architecture, against)
         probes = _probes(vlm, images, prompt)
+        steps = _Steps(progress, sum(len(STAGES if p.images else TEXT_STAGES) for p in probes))
+        reference = _reference(vlm.manifest.architecture, against)
         rungs: list[Rung] = []
         for probe in probes:
             for rung in climb(vlm, reference, probe, new_tokens):
@@ -58,7 +57,7 @@ def verify(
                 rungs.append(rung)
     return Report(
         reference=reference.name,
-        against=Path(against).name,
+        against=Path(against).resolve().name if Path(against).is_dir() else str(against),
         precision={name: engine.precision for name, engine in vlm.manifest.engines.items()},
         prompts={probe.name: probe.text for probe in probes},
         rungs=tuple(rungs),
@@ -71,12 +70,14 @@ class _Steps:
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total = progress, total
         self._done, self._last = 0, ""
+        if progress is not None:
+            progress("verify", 0, total)
 
     def __call__(self, name: str) -> None:
         if name != self._last:
             self._done, self._last = self._done + 1, name
             if self._progress is not None:
-                self._progress("verify", min(self._done, self._total), self._total)
+                self._progress("verify", self._done, self._total)
 
 
 def _reference(architecture: str, against: str | Path) -> Any:

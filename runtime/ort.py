@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ STEP = 64  # positions the cache grows by at least
 MASKED = np.finfo(np.float32).min
 
 
-def open_session(
-    graph: Path, name: str, threads: int | None, entries: Mapping[str, str] | None = None
-) -> Any:
+def open_session(graph: Path, name: str, threads: int | None, frugal: bool = False) -> Any:
     """An InferenceSession on the CPU.
 
     Args:
         threads: of one operator; None takes the processors this process may use.
-        entries: ONNX Runtime session configuration.
+        frugal: keep weights in the mapped file instead of a copy packed for speed, and give memory
+            back after each run.
 
     Raises:
         EngineFailure: ONNX Runtime refuses the graph.
@@ -38,8 +36,9 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or processors()
     options.log_severity_level = 3
-    for key, value in (entries or {}).items():
-        options.add_session_config_entry(key, value)
+    if frugal:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -107,10 +106,9 @@ class OrtDecoder:
         logits = np.empty((1, 1, self._settings.vocab_size), np.float32)
         longest = CHUNK if self._settings.chunked_prefill else count
         for start in range(0, count, longest):
-            chunk = np.ascontiguousarray(embeds[:, start : start + longest], dtype=np.float32)
+            chunk = embeds[:, start : start + longest]
             size = chunk.shape[1]
-            step = _Step(self, size, logits)
-            step.run(chunk, self.length)
+            _Step(self, size, logits).run(chunk, self.length)
             self.length += size
         return logits[0, 0]
 

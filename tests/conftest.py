@@ -45,8 +45,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 @pytest.fixture(scope="session")
 def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Reference]:
     """reference(case) -> the checkpoint in transformers."""
+    import torch
     from reference import Reference
 
+    torch.set_num_threads(1)  # at these sizes threads only wait for each other
     return Cache(lambda case: Reference(checkpoint(case)))
 
 
@@ -73,4 +75,4 @@ def vlm(bundle: Callable[..., Path]) -> Callable[..., Any]:
     """vlm(case, precision="fp32") -> the bundle loaded on the CPU."""
     from vlm_edge import VLM
 
-    return Cache(lambda *key: VLM.load(bundle(*key), device="cpu"))
+    return Cache(lambda *key: VLM.load(bundle(*key), device="cpu", threads=1))

@@ -15,6 +15,8 @@ TYPES = {
     "qwen2": "Qwen2Config",
 }
 
+OLD_ROPES = ("linear", "dynamic")
+
 
 def rewrite(folder: Path) -> None:
     """Tensor names, config.json and the processor's files, in place."""
@@ -45,7 +47,8 @@ def old_config(config: dict[str, Any]) -> dict[str, Any]:
             if theta != 10000.0:
                 inner["rope_theta"] = theta
             if kind != "default":
-                inner["rope_scaling"] = {"type": kind, **rope}
+                # "rope_type" came with Llama 3.1; the older kinds had "type"
+                inner["rope_scaling"] = {"type" if kind in OLD_ROPES else "rope_type": kind, **rope}
         config[part] = {"_name_or_path": "", "torch_dtype": dtype, **inner}
     if config["vision_config"]["model_type"] == "clip_vision_model":
         config["vision_config"]["vocab_size"] = 32000  # as in llava-1.5-7b-hf; it means nothing

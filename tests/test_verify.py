@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 from tiny import edit_json
 
 from vlm_edge import VLM
-from vlm_edge.errors import CheckpointMissing, VerificationError
+from vlm_edge.errors import CheckpointMissing, ExtraMissing, VerificationError
 from vlm_edge.export.verification import measures
-from vlm_edge.export.verification.report import STAGES, Report, Rung
+from vlm_edge.export.verification.report import STAGES, TEXT_STAGES, Report, Rung
 from vlm_edge.export.verify import store, verify
 from vlm_edge.runtime.bundle import file_digest
 from vlm_edge.runtime.manifest import read_manifest
@@ -57,8 +58,7 @@ def test_a_good_bundle_passes(
     assert report.ok
     assert report.divergence is None
     assert {rung.name for rung in report.rungs if rung.probe == "picture"} == set(STAGES)
-    text_stages = [rung.name for rung in report.rungs if rung.probe == "text"]
-    assert set(STAGES) - set(text_stages) == {"pixels", "vision", "connector"}
+    assert {rung.name for rung in report.rungs if rung.probe == "text"} == set(TEXT_STAGES)
     assert all(rung.ok for rung in report.rungs)
     assert "greedy tokens are the same" in report.sentence()
 
@@ -150,8 +150,7 @@ def test_the_report_is_stored_in_the_manifest(
     assert parity == json.loads(json.dumps(report.to_json()))
     assert parity is not None
     assert parity["ok"] is True
-    assert steps
-    assert all(done <= total for _, done, total in steps)
+    assert steps == [("verify", done, len(TEXT_STAGES)) for done in range(len(TEXT_STAGES) + 1)]
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert after.keys() == before.keys()
     assert [name for name in after if after[name] != before[name]] == ["manifest.json"]
@@ -164,6 +163,16 @@ def test_a_checkpoint_that_transformers_cannot_load(
     with pytest.raises(CheckpointMissing) as caught:
         verify(bundle("siglip-qwen2"), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("module", ["torch", "transformers"])
+def test_without_the_extra(
+    module: str, monkeypatch: pytest.MonkeyPatch, bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "vlm_edge.export.verification.llava", raising=False)
+    with pytest.raises(ExtraMissing, match=rf"{module}.*vlm-edge\[verify\]"):
+        verify(bundle("siglip-qwen2"), tmp_path)
 
 
 def test_an_architecture_without_reference(

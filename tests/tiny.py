@@ -155,6 +155,9 @@ def build(name: str, folder: Path, spec: Tiny | None = None) -> Path:
         folder, max_shard_size=spec.shard, save_original_format=spec.layout != "native"
     )
     processor_of(spec, tokenizer).save_pretrained(folder)
+    if spec.layout == "native":  # the other spelling that LlavaConfig reads
+        edit_json(folder / "config.json", "image_token_id", config.image_token_index)
+        edit_json(folder / "config.json", "image_token_index", ...)
     if spec.layout == "v4":
         from layout4 import rewrite
 

@@ -16,7 +16,7 @@ from vlm_edge.errors import ExtraMissing
 try:
     import torch
     import transformers
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
     from transformers.image_utils import load_image
 except ImportError as error:
     raise ExtraMissing("verify", error.name or "transformers", "`vlm verify`") from error
@@ -60,6 +60,11 @@ class Reference:
     def __init__(self, source: str | Path) -> None:
         with _quiet():
             self.processor = AutoProcessor.from_pretrained(source)
+            # Where torchvision is installed its resizing would be used, and differs from Pillow's, with
+            # which the checkpoints were made.
+            self.processor.image_processor = AutoImageProcessor.from_pretrained(
+                source, backend="pil"
+            )
             model = LlavaForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
         self.model = model.eval()
         self.name = f"transformers {transformers.__version__} in float32"

@@ -22,6 +22,7 @@ STAGES = (
     "prefill logits",
     "greedy tokens",
 )
+TEXT_STAGES = ("token ids", "embeddings", "prefill logits", "greedy tokens")  # without pictures
 
 
 @dataclass(frozen=True)
