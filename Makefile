@@ -21,8 +21,8 @@ lint: $(VENV)/.ready
 # mypy does not follow the import hook of an editable install: it reads the same files through links.
 types: $(VENV)/.ready
 	@rm -rf .links && mkdir -p .links/vlm_edge
-	@ln -s $(CURDIR)/src/vlm_edge/* .links/vlm_edge/
-	@ln -s $(addprefix $(CURDIR)/,benchmarks calibration export runtime training) .links/vlm_edge/
+	@cd .links/vlm_edge && ln -s ../../src/vlm_edge/* .
+	@cd .links/vlm_edge && ln -s $(addprefix ../../,benchmarks calibration export runtime training) .
 	$(VENV)/bin/mypy -p vlm_edge
 
 unit: $(VENV)/.ready

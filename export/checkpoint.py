@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Checkpoint:
     def dtype(self) -> str:
         """The dtype most tensors are stored in."""
         names = [ref.view.dtype.name for ref in self._refs.values()]
-        return max(set(names), key=names.count)
+        return max(sorted(set(names)), key=names.count)
 
     def __contains__(self, name: str) -> bool:
         return name in self._refs
@@ -106,8 +107,7 @@ class Checkpoint:
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            paths = [self.folder / name for name in names]
+            paths = [self.folder / name for name in indexed_files(index)]
         elif (single := self.folder / "model.safetensors").is_file():
             paths = [single]
         else:
@@ -131,27 +131,60 @@ class Checkpoint:
                 raise CheckpointMissing(self.folder, f"{path.name} is truncated; download it again")
             raw = file.read(length)
         try:
-            header = json.loads(raw)
-        except ValueError as error:
+            header = _header(raw)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointMissing(
                 self.folder, f"{path.name} is not a safetensors file"
             ) from error
         self._digest.update(raw)
-        header.pop("__metadata__", None)
         data = 8 + length
-        if max((entry["data_offsets"][1] for entry in header.values()), default=0) + data > size:
+        if max((end for *_, end in header.values()), default=0) + data > size:
             raise CheckpointMissing(self.folder, f"{path.name} is truncated; download it again")
         mapped = np.memmap(path, mode="r", dtype=np.uint8) if size > data else np.empty(0, np.uint8)
-        for stored, entry in header.items():
-            dtype = DTYPES.get(entry["dtype"])
+        for stored, (kind, shape, begin, end) in header.items():
+            dtype = DTYPES.get(kind)
             if dtype is None:
                 continue  # integer buffers (position_ids) carry no weights; a weight would be missed by name
-            begin, end = entry["data_offsets"]
-            view = mapped[data + begin : data + end].view(dtype).reshape(entry["shape"])
+            if end - begin != math.prod(shape) * dtype.itemsize:
+                raise CheckpointMissing(
+                    self.folder,
+                    f"{path.name} is damaged: {stored} has {end - begin} bytes for shape {list(shape)}",
+                )
+            view = mapped[data + begin : data + end].view(dtype).reshape(shape)
             name = stored
             for pattern, new in self._renames:
                 name = pattern.sub(new, name)
             self._refs[name] = TensorRef(stored, view)
+
+
+def _header(raw: bytes) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """A safetensors header: stored name -> dtype, shape, where its data begins and ends.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it is something else.
+    """
+    header = json.loads(raw)
+    header.pop("__metadata__", None)
+    found = {}
+    for name, entry in header.items():
+        kind, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        counts = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        if not counts or not isinstance(kind, str):
+            raise ValueError(f"{name} is no tensor")
+        found[name] = (kind, shape, begin, end)
+    return found
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The weight files that a model.safetensors.index.json names, each once.
+
+    Raises:
+        CheckpointMissing: it names none.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointMissing(index.parent, f"{index.name} has no weight_map of file names")
+    return sorted(set(names.values()))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +29,8 @@ HARMLESS = frozenset(
     pad_token_id prefix pretraining_tp problem_type projection_dim pruned_heads remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version typical_p unsloth_version unsloth_fixed
-    unsloth_version use_bfloat16 use_cache use_return_dict vocab_file
+    torch_dtype torchscript transformers_version typical_p unsloth_fixed unsloth_version
+    use_bfloat16 use_cache use_return_dict vocab_file
     """.split()
 )
 
@@ -62,6 +63,21 @@ class Config:
             raise UnsupportedConfig(self.name(key), value, "it should be a positive integer")
         return value
 
+    def number(self, key: str, default: float) -> float:
+        """A finite number.
+
+        Raises:
+            UnsupportedConfig: it is something else.
+        """
+        value = self.get(key, default)
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not math.isfinite(value)
+        ):
+            raise UnsupportedConfig(self.name(key), value, "it should be a number")
+        return float(value)
+
     def flag(self, key: str, default: bool) -> bool:
         value = self.get(key, default)
         if not isinstance(value, bool):
@@ -75,8 +91,9 @@ class Config:
             UnsupportedConfig: another value; the sentence lists those known.
         """
         value = self.get(key, default)
-        if value not in set(known):
-            raise UnsupportedConfig(self.name(key), value, f"known are {', '.join(sorted(known))}")
+        names = sorted(known)
+        if value not in names:
+            raise UnsupportedConfig(self.name(key), value, f"known are {', '.join(names)}")
         return str(value)
 
     def only(self, key: str, default: T, allowed: T, why: str) -> None:
@@ -86,6 +103,7 @@ class Config:
             raise UnsupportedConfig(self.name(key), value, why)
 
     def sub(self, key: str) -> Config:
+        """The object under `key`, an empty one where it is absent; its own keys are its own care."""
         value = self.get(key, {})
         if not isinstance(value, dict):
             raise UnsupportedConfig(self.name(key), value, "it should be an object")

@@ -105,6 +105,8 @@ def export(
             precisions[n] == "int8" and not part.weight_only for n, part in model.parts.items()
         )
         data = calibration_data.load(calibration_images) if static_int8 else None
+        for part in model.parts.values():
+            part.build(Float())  # finds missing and misshapen tensors before the long steps
         tick("read checkpoint", 1, 1)
         with writer.new_folder(output) as temporary:
             _write(temporary, checkpoint, model, prompt, name, precisions, data, tried, tick)
@@ -121,7 +123,7 @@ def export(
 
 
 def read_model(folder: Path, arch: str | None = None) -> tuple[Checkpoint, Model, PromptFiles]:
-    """Everything an export needs to know of a checkpoint; checks names and shapes, writes nothing.
+    """Everything an export needs to know of a checkpoint; writes nothing.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported.

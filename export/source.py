@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from vlm_edge.errors import CheckpointMissing, ExtraMissing
-from vlm_edge.export.config import read_json
+from vlm_edge.export.checkpoint import indexed_files
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INDEX = "model.safetensors.index.json"
@@ -54,7 +54,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES))
         index = folder / INDEX
         if index.is_file():
-            weights = sorted(set(read_json(index).get("weight_map", {}).values()))
+            weights = indexed_files(index)
         else:
             weights = ["model.safetensors"]
         return Path(

@@ -149,4 +149,6 @@ def _runs(path: Path, name: str, feed: str, inputs: np.ndarray) -> Iterator[dict
     session = open_session(path, name, None, frugal=True)
     names = [output.name for output in session.get_outputs()]
     for row in inputs:
-        yield dict(zip(names, session.run(names, {feed: np.ascontiguousarray(row)[None]}), strict=True))
+        yield dict(
+            zip(names, session.run(names, {feed: np.ascontiguousarray(row)[None]}), strict=True)
+        )

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from vlm_edge.errors import UnsupportedConfig
 from vlm_edge.export.checkpoint import Checkpoint, Weights, refuse_quantized
 from vlm_edge.export.config import Config
-from vlm_edge.export.connectors.mlp import Projector
+from vlm_edge.export.connectors import mlp
 from vlm_edge.export.graphs import Interface, build
 from vlm_edge.export.language import llama
 from vlm_edge.export.language.interface import decoder_interface, decoder_settings, run_decoder
@@ -47,8 +47,8 @@ def read(checkpoint: Checkpoint, processor: Processor, prompt: PromptFiles) -> M
     decoder = llama.read(text)
     tied = config.flag("tie_word_embeddings", False) or decoder.tied
     settings = _prompt(config, processor, prompt, vision.tokens)
-    for key in ("vision_config", "projector_hidden_act", "multimodal_projector_bias"):
-        config.get(key)
+    projector = mlp.read(config, vision.width, decoder.width)
+    config.get("vocab_size")  # LLaVA-1.5 repeats text_config's, which is the one that counts
     config.finish()
 
     vision_io = Interface(
@@ -64,13 +64,11 @@ def read(checkpoint: Checkpoint, processor: Processor, prompt: PromptFiles) -> M
     head = table if tied else weights.sub("lm_head")
 
     def build_vision(quantizer: Quantizer) -> ir.Model:
-        module = tower.VisionTower(weights.sub("vision_tower"), vision, config, quantizer)
+        module = tower.VisionTower(weights.sub("vision_tower"), vision, quantizer)
         return build("vision", vision_io, lambda op, x: [module(op, x["pixel_values"])])
 
     def build_connector(quantizer: Quantizer) -> ir.Model:
-        module = Projector(
-            weights.sub("multi_modal_projector"), config, vision.width, decoder.width, quantizer
-        )
+        module = mlp.Projector(weights.sub("multi_modal_projector"), projector, quantizer)
         return build("connector", connector_io, lambda op, x: [module(op, x["features"])])
 
     def build_llm(quantizer: Quantizer) -> ir.Model:

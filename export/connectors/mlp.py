@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -9,20 +10,42 @@ from onnxscript import nn
 
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
-from vlm_edge.export.layers.activations import activation
+from vlm_edge.export.layers.activations import Activation, activation
 from vlm_edge.export.layers.linear import Linear
 from vlm_edge.export.quantizers import Quantizer
+
+
+@dataclass(frozen=True)
+class ProjectorSettings:
+    """Sizes and form of the projector."""
+
+    inputs: int
+    outputs: int
+    bias: bool
+    act: Activation
+
+
+def read(config: Config, inputs: int, outputs: int) -> ProjectorSettings:
+    """From `projector_hidden_act` and `multimodal_projector_bias`.
+
+    Raises:
+        UnsupportedConfig: an activation we do not have.
+    """
+    return ProjectorSettings(
+        inputs=inputs,
+        outputs=outputs,
+        bias=config.flag("multimodal_projector_bias", True),
+        act=activation(config, "projector_hidden_act", "gelu"),
+    )
 
 
 class Projector(nn.Module):
     """features [tiles, tokens, inputs] -> image_features [tiles, tokens, outputs]."""
 
-    def __init__(
-        self, weights: Weights, config: Config, inputs: int, outputs: int, quantizer: Quantizer
-    ) -> None:
+    def __init__(self, weights: Weights, settings: ProjectorSettings, quantizer: Quantizer) -> None:
         super().__init__("connector")
-        bias = config.flag("multimodal_projector_bias", True)
-        self._act = activation(config, "projector_hidden_act", "gelu")
+        inputs, outputs, bias = settings.inputs, settings.outputs, settings.bias
+        self._act = settings.act
         self.linear_1 = Linear(weights.sub("linear_1"), inputs, outputs, bias, quantizer)
         self.linear_2 = Linear(weights.sub("linear_2"), outputs, outputs, bias, quantizer)
 

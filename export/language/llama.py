@@ -83,7 +83,7 @@ def read(config: Config) -> DecoderConfig:
         head_dim=head_dim,
         max_positions=rope.max_positions(positions),
         vocab_size=config.size("vocab_size", vocab),
-        epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        epsilon=config.number("rms_norm_eps", 1e-6),
         qkv_bias=bias or kind == "qwen2",
         output_bias=bias,
         mlp_bias=config.flag("mlp_bias", False) if kind == "llama" else False,
@@ -100,17 +100,18 @@ def read(config: Config) -> DecoderConfig:
 def _window(
     config: Config, kind: str, layers: int, default: int | None
 ) -> tuple[int | None, tuple[bool, ...]]:
-    if kind == "llama":
+    if default is None:
         return None, (False,) * layers
     # An explicit null switches the window off; only an absent key means the default.
-    window = config.values.get("sliding_window", default)
-    config.get("sliding_window")
+    window: int | None = config.size("sliding_window", default)
+    if config.values.get("sliding_window", default) is None:
+        window = None
     if kind == "mistral":
         config.get("layer_types")  # the reference ignores it for Mistral
         return window, (window is not None,) * layers
     if not config.flag("use_sliding_window", False):
         window = None
-    first = config.get("max_window_layers", 28)
+    first = config.number("max_window_layers", 28)
     kinds = config.get("layer_types") or [
         "sliding_attention" if window is not None and i >= first else "full_attention"
         for i in range(layers)

@@ -73,13 +73,13 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> Rope:
     Raises:
         UnsupportedConfig: another kind of RoPE, or a part of the head that is not rotated.
     """
-    theta = config.get("rope_theta", 10000.0)
-    new, old = config.get("rope_parameters"), config.get("rope_scaling")
+    new, old = config.sub("rope_parameters").values, config.sub("rope_scaling").values
     where = "rope_parameters" if new else "rope_scaling"
-    values: dict[str, Any] = dict(new or old or {})
+    values: dict[str, Any] = dict(new or old)
+    take = _Reader(values, config.name(where), max_positions)
+    theta = take.number("rope_theta", config.number("rope_theta", 10000.0))
     kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
     values.pop("type", None)
-    theta = float(values.pop("rope_theta", None) or theta)
     name = config.name(f"{where}.rope_type")
     if kind not in KINDS:
         raise UnsupportedConfig(name, kind, f"known are {', '.join(KINDS)}")
@@ -93,7 +93,6 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> Rope:
         raise UnsupportedConfig(config.name("head_dim"), head_dim, "RoPE needs an even head size")
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     inverse = (1.0 / np.power(np.float32(theta), exponents)).astype(np.float32)
-    take = _Reader(values, config.name(where), max_positions)
     scaling, dynamic = 1.0, None
     if kind == "linear":
         inverse = inverse / np.float32(take.number("factor"))

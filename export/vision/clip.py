@@ -9,10 +9,9 @@ from onnxscript import nn
 
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
-from vlm_edge.export.layers.activations import Activation, activation
 from vlm_edge.export.layers.linear import LayerNorm, Linear
 from vlm_edge.export.quantizers import Quantizer
-from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, native_grid, read_sizes
+from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, read_sizes
 
 MODEL_TYPES = ("clip_vision_model",)
 RENAMES = ((r"^vision_tower\.vision_model\.", "vision_tower."),)
@@ -20,25 +19,19 @@ RENAMES = ((r"^vision_tower\.vision_model\.", "vision_tower."),)
 
 def read(config: Config) -> VisionSettings:
     """vision_config of CLIP. Raises UnsupportedConfig for what the encoder cannot honour."""
-    settings = read_sizes(config, width=768, layers=12, heads=12, patch=32, image=224, epsilon=1e-5)
     config.get("vocab_size")  # LLaVA-1.5's file has it; a vision encoder has no vocabulary
-    return settings
+    hidden = config.size("intermediate_size", 3072)
+    return read_sizes(config, hidden=hidden, patch=32, epsilon=1e-5, act="quick_gelu")
 
 
 class Encoder(nn.Module):
     """pixels [tiles, 3, height, width] -> hidden states [tiles, 1 + patches, width] after 0..depth layers."""
 
     def __init__(
-        self,
-        weights: Weights,
-        settings: VisionSettings,
-        config: Config,
-        depth: int,
-        quantizer: Quantizer,
+        self, weights: Weights, settings: VisionSettings, depth: int, quantizer: Quantizer
     ) -> None:
         super().__init__()
         embeddings = weights.sub("embeddings")
-        native_grid(settings, "CLIP")
         positions = embeddings.tensor(
             "position_embedding.weight", settings.patches + 1, settings.width
         ).numpy()
@@ -48,11 +41,9 @@ class Encoder(nn.Module):
             embeddings.sub("patch_embedding"), settings, positions, bias=False, class_token=True
         )
         self.pre_layrnorm = LayerNorm(weights.sub("pre_layrnorm"), settings.width, settings.epsilon)
-        hidden = config.size("intermediate_size", 3072)
-        act = activation(config, "hidden_act", "quick_gelu")
         layers = weights.sub("encoder").sub("layers")
         self.layers = nn.ModuleList(
-            [Block(layers.sub(i), settings, hidden, act, quantizer) for i in range(depth)]
+            [Block(layers.sub(i), settings, quantizer) for i in range(depth)]
         )
 
     def forward(self, op: Any, pixels: ir.Value) -> list[ir.Value]:
@@ -65,22 +56,13 @@ class Encoder(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, as CLIP and SigLIP share it."""
 
-    def __init__(
-        self,
-        weights: Weights,
-        settings: VisionSettings,
-        hidden: int,
-        act: Activation,
-        quantizer: Quantizer,
-    ) -> None:
+    def __init__(self, weights: Weights, settings: VisionSettings, quantizer: Quantizer) -> None:
         super().__init__()
         width = settings.width
         self.layer_norm1 = LayerNorm(weights.sub("layer_norm1"), width, settings.epsilon)
-        self.self_attn = SelfAttention(
-            weights.sub("self_attn"), settings, "out_proj", True, quantizer
-        )
+        self.self_attn = SelfAttention(weights.sub("self_attn"), settings, "out_proj", quantizer)
         self.layer_norm2 = LayerNorm(weights.sub("layer_norm2"), width, settings.epsilon)
-        self.mlp = MLP(weights.sub("mlp"), width, hidden, act, quantizer)
+        self.mlp = MLP(weights.sub("mlp"), settings, quantizer)
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         x = op.Add(x, self.self_attn(op, self.layer_norm1(op, x)))
@@ -91,15 +73,10 @@ class SelfAttention(nn.Module):
     """Bidirectional multi-head attention over all patches, x [tiles, tokens, width] -> same."""
 
     def __init__(
-        self,
-        weights: Weights,
-        settings: VisionSettings,
-        output: str,
-        qkv_bias: bool,
-        quantizer: Quantizer,
+        self, weights: Weights, settings: VisionSettings, output: str, quantizer: Quantizer
     ) -> None:
         super().__init__()
-        width, self._heads = settings.width, settings.heads
+        width, qkv_bias, self._heads = settings.width, settings.qkv_bias, settings.heads
         self.q_proj = Linear(weights.sub("q_proj"), width, width, qkv_bias, quantizer)
         self.k_proj = Linear(weights.sub("k_proj"), width, width, qkv_bias, quantizer)
         self.v_proj = Linear(weights.sub("v_proj"), width, width, qkv_bias, quantizer)
@@ -114,13 +91,11 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with biases around an activation."""
 
-    def __init__(
-        self, weights: Weights, width: int, hidden: int, act: Activation, quantizer: Quantizer
-    ) -> None:
+    def __init__(self, weights: Weights, settings: VisionSettings, quantizer: Quantizer) -> None:
         super().__init__()
+        width, hidden, self._act = settings.width, settings.hidden, settings.act
         self.fc1 = Linear(weights.sub("fc1"), width, hidden, True, quantizer)
         self.fc2 = Linear(weights.sub("fc2"), hidden, width, True, quantizer)
-        self._act = act
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
         return self.fc2(op, self._act(op, self.fc1(op, x)))

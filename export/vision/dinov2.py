@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,9 @@ from onnxscript import nn
 
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
-from vlm_edge.export.layers.activations import Activation, activation
 from vlm_edge.export.layers.interpolate import resize_positions
-from vlm_edge.export.layers.linear import LayerNorm, Linear, parameter
+from vlm_edge.export.layers.linear import LayerNorm, Linear, TensorLinear, parameter
 from vlm_edge.export.quantizers import Quantizer
-from vlm_edge.export.tensors import constant
 from vlm_edge.export.vision.clip import MLP, SelfAttention
 from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, read_sizes
 
@@ -36,19 +35,20 @@ def read(config: Config) -> VisionSettings:
         "apply_layernorm out_features out_indices reshape_hidden_states stage_names use_mask_token"
     ).split():
         config.get(key)
-    return read_sizes(config, width=768, layers=12, heads=12, patch=14, image=224, epsilon=1e-6)
+    hidden = int(config.size("hidden_size", 768) * config.number("mlp_ratio", 4))
+    settings = read_sizes(config, hidden=hidden, patch=14, epsilon=1e-6, act="gelu")
+    return replace(
+        settings,
+        qkv_bias=config.flag("qkv_bias", True),
+        swiglu=config.flag("use_swiglu_ffn", False),
+    )
 
 
 class Encoder(nn.Module):
     """pixels [tiles, 3, height, width] -> hidden states [tiles, 1 + patches, width] after 0..depth layers."""
 
     def __init__(
-        self,
-        weights: Weights,
-        settings: VisionSettings,
-        config: Config,
-        depth: int,
-        quantizer: Quantizer,
+        self, weights: Weights, settings: VisionSettings, depth: int, quantizer: Quantizer
     ) -> None:
         super().__init__()
         embeddings = weights.sub("embeddings")
@@ -59,16 +59,9 @@ class Encoder(nn.Module):
             bias=True,
             class_token=True,
         )
-        qkv_bias = config.flag("qkv_bias", True)
-        swiglu = config.flag("use_swiglu_ffn", False)
-        hidden = int(settings.width * config.get("mlp_ratio", 4))
-        act = activation(config, "hidden_act", "gelu")
         layers = weights.sub("encoder").sub("layers")
         self.layers = nn.ModuleList(
-            [
-                _Block(layers.sub(i), settings, hidden, act, qkv_bias, swiglu, quantizer)
-                for i in range(depth)
-            ]
+            [_Block(layers.sub(i), settings, quantizer) for i in range(depth)]
         )
 
     def forward(self, op: Any, pixels: ir.Value) -> list[ir.Value]:
@@ -93,30 +86,14 @@ def _positions(weights: Weights, settings: VisionSettings) -> np.ndarray:
 class _Block(nn.Module):
     """Pre-norm attention and feed-forward with a learned scale on each branch (LayerScale)."""
 
-    def __init__(
-        self,
-        weights: Weights,
-        settings: VisionSettings,
-        hidden: int,
-        act: Activation,
-        qkv_bias: bool,
-        swiglu: bool,
-        quantizer: Quantizer,
-    ) -> None:
+    def __init__(self, weights: Weights, settings: VisionSettings, quantizer: Quantizer) -> None:
         super().__init__()
         width = settings.width
         self.norm1 = LayerNorm(weights.sub("norm1"), width, settings.epsilon)
-        self.attention = SelfAttention(
-            weights.sub("attention"), settings, "o_proj", qkv_bias, quantizer
-        )
+        self.attention = SelfAttention(weights.sub("attention"), settings, "o_proj", quantizer)
         self.layer_scale1 = parameter(weights.sub("layer_scale1"), "lambda1", width)
         self.norm2 = LayerNorm(weights.sub("norm2"), width, settings.epsilon)
-        mlp = weights.sub("mlp")
-        self.mlp = (
-            _SwiGLU(mlp, width, hidden, quantizer)
-            if swiglu
-            else MLP(mlp, width, hidden, act, quantizer)
-        )
+        self.mlp = (_SwiGLU if settings.swiglu else MLP)(weights.sub("mlp"), settings, quantizer)
         self.layer_scale2 = parameter(weights.sub("layer_scale2"), "lambda1", width)
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
@@ -127,29 +104,23 @@ class _Block(nn.Module):
 class _SwiGLU(nn.Module):
     """Gated feed-forward of DINOv2-giant; stored fused (`weights_in`) or as gate and up."""
 
-    def __init__(self, weights: Weights, width: int, hidden: int, quantizer: Quantizer) -> None:
+    def __init__(self, weights: Weights, settings: VisionSettings, quantizer: Quantizer) -> None:
         super().__init__()
-        hidden = (hidden * 2 // 3 + 7) // 8 * 8  # Dinov2SwiGLUFFN: two thirds, to a multiple of 8
+        width = settings.width
+        # Dinov2SwiGLUFFN: two thirds of the feed-forward, to a multiple of 8.
+        hidden = (settings.hidden * 2 // 3 + 7) // 8 * 8
+        gate, up = weights.sub("gate_proj"), weights.sub("up_proj")
         if weights.has("weights_in.weight"):
             fused = weights.sub("weights_in")
-            gate, up = fused.tensor("weight", 2 * hidden, width).split(2)
-            gate_bias, up_bias = fused.tensor("bias", 2 * hidden).split(2)
+            both = fused.tensor("weight", 2 * hidden, width).split(2)
+            biases = fused.tensor("bias", 2 * hidden).split(2)
         else:
-            gate, up = (
-                weights.sub(n).tensor("weight", hidden, width) for n in ("gate_proj", "up_proj")
-            )
-            gate_bias, up_bias = (
-                weights.sub(n).tensor("bias", hidden) for n in ("gate_proj", "up_proj")
-            )
-        self.gate = quantizer.product(weights.name("gate_proj"), gate)
-        self.gate._set_name("gate_proj")
-        self.gate_bias = nn.Parameter((hidden,), data=constant(gate_bias.numpy()))
-        self.up = quantizer.product(weights.name("up_proj"), up)
-        self.up._set_name("up_proj")
-        self.up_bias = nn.Parameter((hidden,), data=constant(up_bias.numpy()))
+            both = [part.tensor("weight", hidden, width) for part in (gate, up)]
+            biases = [part.tensor("bias", hidden) for part in (gate, up)]
+        self.gate_proj = TensorLinear(gate.path, both[0], biases[0], quantizer)
+        self.up_proj = TensorLinear(up.path, both[1], biases[1], quantizer)
         self.down_proj = Linear(weights.sub("down_proj"), hidden, width, True, quantizer)
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
-        gate = op.Add(self.gate(op, x), self.gate_bias)
-        up = op.Add(self.up(op, x), self.up_bias)
-        return self.down_proj(op, op.Mul(op.Mul(gate, op.Sigmoid(gate)), up))
+        gate = self.gate_proj(op, x)
+        return self.down_proj(op, op.Mul(op.Mul(gate, op.Sigmoid(gate)), self.up_proj(op, x)))

@@ -12,20 +12,25 @@ from onnxscript import nn
 from vlm_edge.errors import UnsupportedConfig
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
+from vlm_edge.export.layers.activations import Activation, activation
 from vlm_edge.export.layers.linear import parameter
 from vlm_edge.export.tensors import constant
 
 
 @dataclass(frozen=True)
 class VisionSettings:
-    """Sizes of an encoder, and of the tile it is exported for (pixels)."""
+    """All an encoder's graph needs of vision_config, and the tile it is exported for (pixels)."""
 
     width: int
+    hidden: int  # of the feed-forward, before DINOv2's SwiGLU takes its two thirds
     layers: int
     heads: int
     patch: int
     image: int  # side the position embeddings were trained for, pixels
     epsilon: float
+    act: Activation
+    qkv_bias: bool = True
+    swiglu: bool = False
     height: int = 0  # of a tile; 0 until the processor is known
     breadth: int = 0
 
@@ -44,9 +49,10 @@ class VisionSettings:
 
 
 def read_sizes(
-    config: Config, *, width: int, layers: int, heads: int, patch: int, image: int, epsilon: float
+    config: Config, *, hidden: int, patch: int, epsilon: float, act: str
 ) -> VisionSettings:
-    """The keys that all encoders have; arguments are the model type's own defaults.
+    """The keys that all encoders have; `patch`, `epsilon` and `act` are the model type's defaults
+    (the ViTs we read share the others: ViT-B at 224 px).
 
     Raises:
         UnsupportedConfig: a size that is not a positive integer, heads that do not divide the width,
@@ -54,12 +60,14 @@ def read_sizes(
     """
     config.only("num_channels", 3, 3, "images have three channels here")
     settings = VisionSettings(
-        width=config.size("hidden_size", width),
-        layers=config.size("num_hidden_layers", layers),
-        heads=config.size("num_attention_heads", heads),
+        width=config.size("hidden_size", 768),
+        hidden=hidden,
+        layers=config.size("num_hidden_layers", 12),
+        heads=config.size("num_attention_heads", 12),
         patch=config.size("patch_size", patch),
-        image=config.size("image_size", image),
-        epsilon=float(config.get("layer_norm_eps", epsilon)),
+        image=config.size("image_size", 224),
+        epsilon=config.number("layer_norm_eps", epsilon),
+        act=activation(config, "hidden_act", act),
     )
     if settings.width % settings.heads:
         raise UnsupportedConfig(

@@ -9,10 +9,9 @@ from onnxscript import nn
 
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
-from vlm_edge.export.layers.activations import activation
 from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.export.vision.clip import RENAMES, Block
-from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, native_grid, read_sizes
+from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, read_sizes
 
 MODEL_TYPES = ("siglip_vision_model",)
 __all__ = ["MODEL_TYPES", "RENAMES", "Encoder", "read"]
@@ -20,25 +19,19 @@ __all__ = ["MODEL_TYPES", "RENAMES", "Encoder", "read"]
 
 def read(config: Config) -> VisionSettings:
     """vision_config of SigLIP. Raises UnsupportedConfig for what the encoder cannot honour."""
-    settings = read_sizes(config, width=768, layers=12, heads=12, patch=16, image=224, epsilon=1e-6)
     config.get("vision_use_head")  # the pooling head comes after the hidden states we use
-    return settings
+    hidden = config.size("intermediate_size", 3072)
+    return read_sizes(config, hidden=hidden, patch=16, epsilon=1e-6, act="gelu_pytorch_tanh")
 
 
 class Encoder(nn.Module):
     """pixels [tiles, 3, height, width] -> hidden states [tiles, patches, width] after 0..depth layers."""
 
     def __init__(
-        self,
-        weights: Weights,
-        settings: VisionSettings,
-        config: Config,
-        depth: int,
-        quantizer: Quantizer,
+        self, weights: Weights, settings: VisionSettings, depth: int, quantizer: Quantizer
     ) -> None:
         super().__init__()
         embeddings = weights.sub("embeddings")
-        native_grid(settings, "SigLIP")
         positions = embeddings.tensor("position_embedding.weight", settings.patches, settings.width)
         self.embeddings = PatchEmbedding(
             embeddings.sub("patch_embedding"),
@@ -47,11 +40,9 @@ class Encoder(nn.Module):
             bias=True,
             class_token=False,
         )
-        hidden = config.size("intermediate_size", 3072)
-        act = activation(config, "hidden_act", "gelu_pytorch_tanh")
         layers = weights.sub("encoder").sub("layers")
         self.layers = nn.ModuleList(
-            [Block(layers.sub(i), settings, hidden, act, quantizer) for i in range(depth)]
+            [Block(layers.sub(i), settings, quantizer) for i in range(depth)]
         )
 
     def forward(self, op: Any, pixels: ir.Value) -> list[ir.Value]:

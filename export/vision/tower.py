@@ -14,7 +14,7 @@ from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
 from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.export.vision import clip, dinov2, siglip
-from vlm_edge.export.vision.patches import VisionSettings
+from vlm_edge.export.vision.patches import VisionSettings, native_grid
 
 ENCODERS: dict[str, ModuleType] = {
     kind: encoder for encoder in (clip, siglip, dinov2) for kind in encoder.MODEL_TYPES
@@ -60,7 +60,12 @@ def read_tower(config: Config, height: int, breadth: int) -> TowerSettings:
     """
     vision = config.sub("vision_config")
     kind = vision.choice("model_type", "clip_vision_model", ENCODERS)
-    settings = replace(ENCODERS[kind].read(vision), height=height, breadth=breadth)
+    encoder = ENCODERS[kind]
+    settings = replace(encoder.read(vision), height=height, breadth=breadth)
+    if kind not in dinov2.MODEL_TYPES:
+        native_grid(settings, kind)
+    vision.get("tie_word_embeddings")  # transformers 4 wrote it into every config
+    vision.finish()
     asked = config.get("vision_feature_layer", -2)
     layers = []
     for layer in asked if isinstance(asked, list) else [asked]:
@@ -87,19 +92,13 @@ def depth(settings: VisionSettings) -> int:
 class VisionTower(nn.Module):
     """pixel_values [tiles, 3, height, width] -> features [tiles, tokens, width of all selected layers]."""
 
-    def __init__(
-        self, weights: Weights, settings: TowerSettings, config: Config, quantizer: Quantizer
-    ) -> None:
+    def __init__(self, weights: Weights, settings: TowerSettings, quantizer: Quantizer) -> None:
         super().__init__("vision")
         self._settings = settings
         # Layers above the last selected one are never computed.
         needed = max(settings.layers)
-        vision = config.sub("vision_config")
         encoder = ENCODERS[settings.kind]
-        encoder.read(vision)
-        self.encoder = encoder.Encoder(weights, settings.encoder, vision, needed, quantizer)
-        vision.get("model_type")
-        vision.finish()
+        self.encoder = encoder.Encoder(weights, settings.encoder, needed, quantizer)
 
     def forward(self, op: Any, pixels: ir.Value) -> ir.Value:
         states = self.encoder(op, pixels)

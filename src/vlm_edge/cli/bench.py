@@ -69,11 +69,13 @@ def bench(
     """
     if image is not None and no_image:
         raise click.UsageError("--image and --no-image exclude each other")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise click.UsageError(f"--json {json_file}: there is no folder {json_file.parent}")
 
     from vlm_edge.benchmarks.latency import Settings, measure
 
     request = Settings(image=image, no_image=no_image, **settings)
-    with options.progress_bars() as progress:
+    with options.progress_bars(animated=False) as progress:
         report = measure(bundle, request, against, progress)
     document = json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n"
     if json_file == Path("-"):
@@ -82,8 +84,6 @@ def bench(
     if json_file is not None:
         json_file.write_text(document, encoding="utf-8")
 
-    from rich.console import Console
-
     from vlm_edge.benchmarks.table import table
 
-    Console().print(table(report))
+    options.console().print(table(report))

@@ -108,7 +108,6 @@ def suffix(plan: PrecisionPlan) -> str:
 
 def show(report: ExportReport) -> None:
     """The closing table, and how to go on."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("part", "precision")
@@ -119,7 +118,7 @@ def show(report: ExportReport) -> None:
         table.add_row(part, report.precisions.get(part, ""), f"{size / 1e6:,.1f}", error)
     table.add_section()
     table.add_row("all", "", f"{sum(report.sizes.values()) / 1e6:,.1f}", "")
-    console = Console()
+    console = options.console()
     console.print(table)
     memory = f", {report.peak_rss_anon / 1e6:,.0f} MB of memory" if report.peak_rss_anon else ""
     console.print(f"{report.architecture} exported in {report.seconds:.1f} s{memory}")

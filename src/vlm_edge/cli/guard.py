@@ -18,6 +18,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 EXTRAS = {
     "onnxruntime": "cpu",
     "ml_dtypes": "export",
+    "onnx": "export",
     "onnx_ir": "export",
     "onnxscript": "export",
     "safetensors": "export",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vlm_edge.cli import options
 from vlm_edge.cli.guard import Command
 
 if TYPE_CHECKING:
@@ -78,7 +79,6 @@ def describe(
 
 def show(facts: dict[str, Any]) -> None:
     """The facts as two tables: the model, and what its parts weigh."""
-    from rich.console import Console
     from rich.table import Table
 
     model = Table(show_header=False, box=None, pad_edge=False)
@@ -103,6 +103,6 @@ def show(facts: dict[str, Any]) -> None:
         parts.add_row(part, facts["precisions"].get(part, ""), f"{size / 1e6:,.1f}")
     parts.add_section()
     parts.add_row("all", "", f"{facts['size'] / 1e6:,.1f}")
-    console = Console()
+    console = options.console()
     console.print(model)
     console.print(parts)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 F = TypeVar("F", bound=Callable[..., Any])
 
+LOG_WIDTH = 120
 DEVICES = ("cpu", "cuda", "tensorrt")
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 
@@ -33,9 +37,20 @@ def threads(command: F) -> F:
     )(command)
 
 
+def console() -> Console:
+    """For tables on stdout; wide where that is no terminal, so that a log's lines do not wrap."""
+    from rich.console import Console
+
+    made = Console()
+    return made if made.is_terminal else Console(width=LOG_WIDTH)
+
+
 @contextmanager
-def progress_bars() -> Iterator[Progress]:
-    """A callback that shows a bar per step on stderr; plain lines where that is not a terminal."""
+def progress_bars(animated: bool = True) -> Iterator[Progress]:
+    """A callback that shows a bar per step on stderr; plain lines where that is not a terminal.
+
+    Not animated, it is drawn when it changes and takes no time from what is measured.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
@@ -58,12 +73,12 @@ def progress_bars() -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Bars(*columns, console=console) as bars:
+    with Bars(*columns, console=console, auto_refresh=animated) as bars:
         tasks: dict[str, Any] = {}
 
         def bar(step: str, done: int, total: int) -> None:
             if step not in tasks:
                 tasks[step] = bars.add_task(step, total=total)
-            bars.update(tasks[step], completed=done, total=total)
+            bars.update(tasks[step], completed=done, total=total, refresh=not animated)
 
         yield bar

@@ -80,20 +80,21 @@ def verify(
 
 def show(report: Report) -> None:
     """The ladder as a table, and the outcome in a sentence."""
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table("prompt", "stage", "figure")
-    table.add_column("value", justify="right")
-    table.add_column("tolerance", justify="right")
-    for header in ("", "detail"):
-        table.add_column(header)
+    table = Table()
+    for header in ("prompt", "stage"):
+        table.add_column(header, no_wrap=True)
+    table.add_column("figure")
+    for header in ("value", "tolerance"):
+        table.add_column(header, no_wrap=True, justify="right")
+    table.add_column("", no_wrap=True)
     verdicts = {True: "ok", False: "[red]diverges[/red]", None: ""}
     for rung in report.rungs:
         stage = f"{rung.name}, {rung.layer}" if rung.layer else rung.name
         tolerance = "" if rung.tolerance is None else f"{rung.tolerance:.3g}"
-        figures = (f"{rung.value:.3g}", tolerance, verdicts[rung.ok])
-        table.add_row(rung.probe, stage, rung.metric, *figures, rung.detail)
-    console = Console()
+        figure = f"{rung.metric} ({rung.detail})" if rung.detail else rung.metric
+        table.add_row(rung.probe, stage, figure, f"{rung.value:.4g}", tolerance, verdicts[rung.ok])
+    console = options.console()
     console.print(table)
-    console.print(report.sentence(), markup=False, soft_wrap=True)
+    console.print(report.sentence(), markup=False, highlight=False, soft_wrap=True)
