@@ -8,7 +8,7 @@ from pathlib import Path
 from vlm_edge.errors import CheckpointMissing, ExtraMissing
 from vlm_edge.export.checkpoint import indexed_files
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 INDEX = "model.safetensors.index.json"
 # All an export reads besides the weights; the weights follow once the index names them.
 SMALL_FILES = [
@@ -43,7 +43,6 @@ def _fetch(name: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
-            HfHubHTTPError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
@@ -70,6 +69,8 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise CheckpointMissing(
             name, "the Hub cannot be reached and the local cache does not hold it; give a folder"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except CheckpointMissing:
+        raise
+    except Exception as error:  # the HTTP client's own errors, which differ between hub versions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointMissing(name, f"the Hub did not give it ({reason})") from error

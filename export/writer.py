@@ -28,7 +28,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises:
         BundleExists: `output` is something else than a bundle or an empty folder.
-        SettingError: the folder that should hold it cannot be written.
+        SettingError: the folder that should hold it cannot be written, or it is the current one.
     """
     check_output(output)
     try:
@@ -47,7 +47,14 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 
 def check_output(output: Path) -> None:
-    """Raises BundleExists if `output` may not be replaced."""
+    """May `output` be replaced?
+
+    Raises:
+        BundleExists: it is something else than a bundle or an empty folder.
+        SettingError: it is the current folder, which cannot be renamed away.
+    """
+    if output.resolve() == Path.cwd():
+        raise SettingError(f"{output} is the current folder; choose another -o")
     if output.is_dir():
         if (output / NAME).is_file() or not any(output.iterdir()):
             return
@@ -64,8 +71,9 @@ def _replace(output: Path, temporary: Path) -> None:
     output.rename(old / output.name)
     try:
         temporary.rename(output)
-    except OSError:
-        (old / output.name).rename(output)
+    except BaseException:  # an interrupt too: the older bundle is in the folder removed below
+        if not output.exists():
+            (old / output.name).rename(output)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm_edge.errors import BundleDamaged
+from vlm_edge.errors import BundleDamaged, PromptError
 from vlm_edge.runtime.manifest import NAME, EmbeddingSettings, Manifest, read_manifest
 
 
@@ -49,7 +49,7 @@ class Bundle:
 
     def _check_names(self) -> None:
         manifest = self.manifest
-        used = [g for e in manifest.engines.values() for g in (e.graph, *e.lowered.values())]
+        used: list[str | None] = [g for e in manifest.engines.values() for g in (e.graph, *e.lowered.values())]
         used += [
             manifest.embeddings.file,
             manifest.embeddings.scales,
@@ -105,11 +105,19 @@ class Embeddings:
                 if settings.scales is None
                 else np.load(folder / settings.scales, mmap_mode="r", allow_pickle=False)
             )
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, EOFError) as error:
             raise BundleDamaged(folder, f"{settings.file} is not a table ({error})") from error
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
-        """float32 [n, width] of token ids int64 [n]."""
+        """float32 [n, width] of token ids int64 [n].
+
+        Raises:
+            PromptError: an id has no row (a special token the model was never given one for).
+        """
+        if len(ids) and ids.max() >= len(self._table):
+            raise PromptError(
+                f"token {ids.max()} of the prompt has no row in the model's table of {len(self._table)}"
+            )
         rows = self._table[ids]
         if self._scales is None:
             return np.asarray(rows, dtype=np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vlm_edge.runtime.prompt import listed
 from vlm_edge.runtime.settings import Settings
 from vlm_edge.runtime.vlm import VLM, Images, Result, Stream
 
@@ -34,8 +35,7 @@ class Chat:
         Raises:
             PromptError, ImageError, SettingError, EngineFailure.
         """
-        listed = images if isinstance(images, (list, tuple)) else [images]
-        content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in listed]
+        content: list[dict[str, Any]] = [{"type": "image", "image": i} for i in listed(images)]
         content.append({"type": "text", "text": text})
         asked = [*self.messages, {"role": "user", "content": content}]
         stream = self._vlm.start(asked, (), True, Settings(**settings), reuse=True)

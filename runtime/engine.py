@@ -44,6 +44,9 @@ class Decoder(Protocol):
     def decode(self, embeds: np.ndarray) -> np.ndarray:
         """Append one position, float32 [width]; its logits [vocab], valid until the next call."""
 
+    def clear(self) -> None:
+        """Forget all positions, values included: a masked position that is not finite still spreads."""
+
     def close(self) -> None: ...
 
 

@@ -23,7 +23,7 @@ class TensorSpec:
 
     name: str
     dtype: str
-    shape: tuple[Any, ...]  # of Dimension
+    shape: tuple[Dimension, ...]
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,8 @@ class OrtEngine:
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._session is None:
+            raise EngineFailure(self._name, "it is closed")
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
         except Exception as error:
@@ -120,6 +122,10 @@ class OrtDecoder:
         self.length += 1
         return self._step.logits[0, 0]
 
+    def clear(self) -> None:
+        self._step, self.length = None, 0
+        self._caches = {name: self._empty(0) for name in self._caches}
+
     def close(self) -> None:
         self._step = self._session = None
         self._caches.clear()
@@ -129,6 +135,8 @@ class OrtDecoder:
         return np.zeros((1, settings.kv_heads, capacity, settings.head_dim), np.float32)
 
     def _reserve(self, needed: int) -> None:
+        if self._session is None:
+            raise EngineFailure("llm", "it is closed")
         if needed <= self.capacity:
             return
         # An eighth more at a time, so that copying stays a small share whatever the length.

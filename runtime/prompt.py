@@ -80,7 +80,7 @@ def build_prompt(
         ImageUnreadable: an image given as text (data: URL, base64) is damaged.
         PromptError: a prompt, message, part or image of another kind.
     """
-    given = [_image(image) for image in _listed(images)]
+    given = [_image(image) for image in listed(images)]
     if use_template:
         messages, found = _messages(prompt, given)
         _refuse_empty(_texts(messages), found)
@@ -102,7 +102,8 @@ def build_prompt(
     return BuiltPrompt(text, ids, found, counts)
 
 
-def _listed(images: Sequence[ImageInput] | ImageInput | None) -> list[ImageInput]:
+def listed(images: Sequence[ImageInput] | ImageInput | None) -> list[ImageInput]:
+    """One image, several or none, as a list."""
     if images is None:
         return []
     if isinstance(images, (str, bytes, os.PathLike, Image.Image)):

@@ -63,8 +63,13 @@ def _value(hint: Any, data: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if data is None and type(None) in args:
             return None
-        (inner,) = [a for a in args if a is not type(None)]
-        return _value(inner, data, path)
+        kinds = [a for a in args if a is not type(None)]
+        if len(kinds) == 1:
+            return _value(kinds[0], data, path)
+        if type(data) not in kinds:  # a union of plain types
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise SchemaError(f"{path} should be {names}, not {data!r}")
+        return data
     if origin is typing.Literal:
         if data not in args:
             raise SchemaError(f"{path} is {data!r}, not one of {', '.join(map(repr, args))}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlm_edge.errors import ContextOverflow, SettingError
+from vlm_edge.errors import ContextOverflow, EngineFailure, SettingError
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.engine import open_engines
 from vlm_edge.runtime.images import DecodedImage, ImageInput, decode
@@ -183,7 +183,7 @@ class VLM:
         with watch.stage("prefill"):
             logits, prefilled = self._prefill(built, decoded, features, reuse)
             ids = list(built.token_ids)
-            token = sampler.pick(logits, ids)
+            token = self._pick(sampler, logits, ids)
         ttft = watch.elapsed_ms()
         detokenizer = Detokenizer(self.tokenizer)
         new: list[int] = []
@@ -205,7 +205,7 @@ class VLM:
                 )
             with watch.stage("decode"):
                 logits = self.decoder.decode(self.embeddings.rows(np.array([token]))[0])
-                token = sampler.pick(logits, ids)
+                token = self._pick(sampler, logits, ids)
             self._cached = np.append(self._cached, ids[-1])
         if not stops.stopped:
             piece = stops.push(detokenizer.flush())
@@ -301,6 +301,14 @@ class VLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _pick(self, sampler: Sampler, logits: np.ndarray, ids: list[int]) -> int:
+        try:
+            return sampler.pick(logits, ids)
+        except EngineFailure:  # not finite: nor is what made them, and it is in the cache
+            self.decoder.clear()
+            self._cached = self._cached[:0]
+            raise
+
     def _splice(self, built: BuiltPrompt, features: Sequence[np.ndarray]) -> np.ndarray:
         ids = np.asarray(built.token_ids, np.int64)
         return splice(ids, self.manifest.prompt.image_token_id, self.embeddings, features)
@@ -319,6 +327,8 @@ class VLM:
             self.manifest.prompt.image_token_id,
             [(image.digest, len(tokens)) for image, tokens in zip(decoded, features, strict=True)],
         )
+        # Dynamic RoPE rotates all positions by the length of the call: an earlier call's do not fit.
+        reuse = reuse and self.manifest.decoder.chunked_prefill
         kept = shared_prefix(self._cached, keys) if reuse else 0
         embeds = self._splice(built, features)[:, kept:]
         self._cached = keys[:kept]  # should the engine fail below, the rest is not trusted
