@@ -16,13 +16,13 @@ Scales = Callable[[np.ndarray], np.ndarray]
 
 
 def quantize(
-    weight: np.ndarray, hessian: np.ndarray, block: int, scales: Scales, low: int, high: int
+    weight: np.ndarray, upper: np.ndarray, block: int, scales: Scales, low: int, high: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Round `weight` so that its product with the calibration inputs changes least.
 
     Args:
         weight: float32 [in, out].
-        hessian: float32 [in, in], the sum of x x^T over calibration inputs x [in].
+        upper: `factor` of the calibration inputs' sum of x x^T, [in, in].
         block: inputs that share a scale; divides `in`.
         scales: `[block, out] -> [out]`, the scale of each output over one block.
         low, high: bounds of the rounded values.
@@ -32,7 +32,6 @@ def quantize(
     """
     inputs, outputs = weight.shape
     remaining = weight.astype(np.float32)  # columns not rounded yet, corrected for those that are
-    upper = _inverse_cholesky(hessian)
     values = np.empty_like(remaining)
     chosen = np.empty((inputs // block, outputs), np.float32)
     for start in range(0, inputs, block):
@@ -48,8 +47,12 @@ def quantize(
     return values, chosen
 
 
-def _inverse_cholesky(hessian: np.ndarray) -> np.ndarray:
-    """The upper Cholesky factor of the damped Hessian's inverse, float32 [in, in]."""
+def factor(hessian: np.ndarray) -> np.ndarray:
+    """The upper Cholesky factor of the damped inverse, float32 [in, in].
+
+    Args:
+        hessian: float32 [in, in], the sum of x x^T over calibration inputs x [in].
+    """
     damped = hessian.astype(np.float64)
     diagonal = np.einsum("ii->i", damped)
     mean = float(diagonal.mean())

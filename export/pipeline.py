@@ -13,7 +13,7 @@ import vlm_edge
 from vlm_edge.calibration import data as calibration_data
 from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.errors import UnsupportedConfig
-from vlm_edge.export import archs, graphs, static, writer
+from vlm_edge.export import archs, graphs, static, weight_only, writer
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
 from vlm_edge.export.memory import PeakMemory
@@ -37,8 +37,6 @@ from vlm_edge.runtime.manifest import (
 
 log = logging.getLogger(__name__)
 
-BLOCK = {"int8": 128, "int4": 32}  # weights that share a scale, in weight-only precisions
-
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -51,7 +49,8 @@ class ExportReport:
         precisions: by part.
         sizes: bytes by part, and "embeddings", "other".
         errors: by quantized part; `cosine` and `relative_error` of its features on held-out
-            pictures, or `weight_error`, the relative error of weight-only layers (mean and worst).
+            pictures; of a language model in INT8 `weight_error`, the relative error of its layers
+            (mean and worst), in INT4 `kl` and `top1_agreement` on held-out prompts.
         peak_rss_anon: bytes; 0 where the system does not say.
     """
 
@@ -101,10 +100,8 @@ def export(
         checkpoint, model, prompt = read_model(folder, arch)
         plan.check({part: model.parts[part].weight_only for part in model.parts})
         precisions = {n: plan.of(n, part.weight_only) for n, part in model.parts.items()}
-        static_int8 = any(
-            precisions[n] == "int8" and not part.weight_only for n, part in model.parts.items()
-        )
-        data = calibration_data.load(calibration_images) if static_int8 else None
+        needed = any(_calibrates(part, precisions[n]) for n, part in model.parts.items())
+        data = calibration_data.load(calibration_images) if needed else None
         for part in model.parts.values():
             part.build(Float())  # finds missing and misshapen tensors before the long steps
         tick("read checkpoint", 1, 1)
@@ -165,8 +162,12 @@ class _Steps:
         )
 
     def write_plain(self, name: str, part: Part, precision: Precision) -> None:
-        """Full precision, or weight-only."""
-        quantizer = Float() if precision == "fp32" else _weight_only(precision, part)
+        """Full precision, or weights rounded to nearest."""
+        quantizer: Float | WeightOnly = Float()
+        if precision == "int8":
+            quantizer = WeightOnly(8, weight_only.BLOCK8)
+        elif precision == "int4":
+            quantizer = WeightOnly(4, weight_only.BLOCK, part.keep8, block8=weight_only.BLOCK8)
         graphs.save(
             part.build(quantizer),
             self.folder / f"{name}.onnx",
@@ -175,14 +176,10 @@ class _Steps:
         if isinstance(quantizer, WeightOnly):
             errors = list(quantizer.errors.values())
             self.errors[name] = {
-                "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)}
+                "method": "nearest",
+                "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)},
             }
         self.entry(name, part, precision)
-
-
-def _weight_only(precision: Precision, part: Part) -> WeightOnly:
-    bits = 8 if precision == "int8" else 4
-    return WeightOnly(bits, BLOCK[precision], part.keep8)
 
 
 def _write(
@@ -197,17 +194,17 @@ def _write(
     tick: Progress,
 ) -> None:
     steps = _Steps(folder, tick)
+    (folder / "tokenizer.json").write_text(prompt.tokenizer_json, encoding="utf-8")
+    if prompt.chat_template is not None and model.prompt.chat_template is not None:
+        (folder / model.prompt.chat_template).write_text(prompt.chat_template, encoding="utf-8")
     if data is not None:
-        _write_static(steps, model, precisions, data, tried)
+        _write_calibrated(steps, model, prompt, precisions, data, tried)
     for part_name, part in model.parts.items():
         if part_name not in steps.engines:
             steps.write_plain(part_name, part, precisions[part_name])
     tick("write token table", 0, 1)
     embeddings = writer.write_embeddings(model.embeddings, folder, precisions["llm"] != "fp32")
     tick("write token table", 1, 1)
-    (folder / "tokenizer.json").write_text(prompt.tokenizer_json, encoding="utf-8")
-    if prompt.chat_template is not None and model.prompt.chat_template is not None:
-        (folder / model.prompt.chat_template).write_text(prompt.chat_template, encoding="utf-8")
     manifest = Manifest(
         format=FORMAT,
         producer=f"vlm-edge {vlm_edge.__version__}",
@@ -226,27 +223,46 @@ def _write(
     (folder / NAME).write_text(manifest.dump(), encoding="utf-8")
 
 
-def _write_static(
+def _write_calibrated(
     steps: _Steps,
     model: Model,
+    prompt: PromptFiles,
     precisions: dict[str, Precision],
     data: CalibrationSet,
     tried: tuple[str, ...],
 ) -> None:
-    """Parts before the language model in pipeline order: each one's float outputs are the next one's
-    inputs, whether or not it is quantized itself."""
-    chain = {n: part for n, part in model.parts.items() if not part.weight_only}
-    last = max(i for i, n in enumerate(chain) if precisions[n] == "int8")
-    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=steps.folder) as scratch:
-        inputs = static.pixels(data, model.image, Path(scratch))
-        for name, part in list(chain.items())[: last + 1]:
-            floats = static.run_float(name, part, inputs, data, Path(scratch), steps.tick)
-            if precisions[name] == "int8":
+    """Parts in pipeline order: each one's float outputs are the next one's inputs, whether or not it
+    is quantized itself. The chain ends with the last part that has to be calibrated."""
+    calibrated = [n for n, part in model.parts.items() if _calibrates(part, precisions[n])]
+    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=steps.folder) as name_:
+        scratch = Path(name_)
+        inputs = static.pixels(data, model.image, scratch)
+        for name, part in model.parts.items():
+            if part.weight_only:
+                if name in calibrated:
+                    files = steps.folder / "tokenizer.json"
+                    embeds = weight_only.embedded_prompts(model, prompt, files, data, inputs)
+                    steps.errors[name] = weight_only.write_int4(
+                        name, part, model.decoder, embeds, data, steps.folder, scratch, steps.tick
+                    )
+                    steps.entry(name, part, "int4")
+                break
+            floats = static.run_float(name, part, inputs, data, scratch, steps.tick)
+            if name in calibrated:
                 steps.errors[name] = static.write_int8(
                     name, part, floats, data, tried, steps.folder, steps.tick
                 )
                 steps.entry(name, part, "int8")
             inputs = floats.outputs
+            if name == calibrated[-1]:
+                break
+
+
+def _calibrates(part: Part, precision: Precision) -> bool:
+    """INT8 of activations and GPTQ are set by data; weights rounded to nearest by themselves alone."""
+    if part.weight_only:
+        return precision == "int4" and weight_only.fits(part)
+    return precision == "int8"
 
 
 def _calibration(
@@ -254,10 +270,11 @@ def _calibration(
 ) -> dict[str, Any] | None:
     if not errors:
         return None
-    images = {} if data is None else {
-        "sha256": data.sha256, "pictures": len(data.paths), "held_out": len(data.held_out)
+    used = {} if data is None else {
+        "sha256": data.sha256, "pictures": len(data.paths), "prompts": len(data.prompts),
+        "held_out": len(data.held_out), "held_out_prompts": len(data.held_out_prompts),
     }  # fmt: skip
-    return {"images": images, "parts": errors}
+    return {"data": used, "parts": errors}
 
 
 def part_sizes(manifest: Manifest) -> dict[str, int]:

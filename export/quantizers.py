@@ -7,7 +7,7 @@ quantization as symmetric QuantizeLinear/DequantizeLinear with zero-point 0, whi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,20 +52,28 @@ class Observer:
 
     Args:
         reduce: `(op, value) -> value`, what to keep of an input.
+        only: paths whose inputs are kept; None keeps all.
 
     Attributes:
+        weights: the weight [out, in] of every layer, by path.
         observed: the reduced value of each distinct linear input, by the path of the first layer
             that reads it.
         readers: for every layer's path, the path its input is observed under.
     """
 
-    def __init__(self, reduce: Callable[[Any, ir.Value], ir.Value]) -> None:
+    def __init__(
+        self,
+        reduce: Callable[[Any, ir.Value], ir.Value],
+        only: Collection[str] | None = None,
+    ) -> None:
         self.observed: dict[str, ir.Value] = {}
         self.readers: dict[str, str] = {}
-        self._reduce = reduce
+        self.weights: dict[str, TensorRef] = {}
+        self._reduce, self._only = reduce, only
         self._seen: list[tuple[ir.Value, str]] = []
 
     def product(self, path: str, weight: TensorRef) -> nn.Module:
+        self.weights[path] = weight
         return _Observed(self, path, weight)
 
     def note(self, op: Any, path: str, x: ir.Value) -> None:
@@ -73,7 +81,8 @@ class Observer:
         if first is None:
             first = path
             self._seen.append((x, path))
-            self.observed[path] = self._reduce(op, x)
+            if self._only is None or path in self._only:
+                self.observed[path] = self._reduce(op, x)
         self.readers[path] = first
 
 
@@ -141,36 +150,68 @@ class WeightOnly:
         bits: 8, or 4.
         block: longest block; shorter powers of two are used where the width asks for it.
         keep8: layer paths that stay at 8 bits (the output head decides the token by itself).
+        rounded: layers rounded beforehand (GPTQ); the others are rounded to nearest.
+        block8: longest block of the layers in `keep8`; None is `block`.
 
     Attributes:
-        errors: relative error of each weight, once it has been written.
+        errors: relative error of each weight rounded to nearest, once it has been written.
     """
 
-    def __init__(self, bits: int, block: int, keep8: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        bits: int,
+        block: int,
+        keep8: frozenset[str] = frozenset(),
+        rounded: Mapping[str, Rounded] | None = None,
+        block8: int | None = None,
+    ) -> None:
         self._bits, self._block, self._keep8 = bits, block, keep8
+        self._block8 = block8 or block
+        self._rounded = rounded or {}
         self.errors: Errors = {}
 
     def product(self, path: str, weight: TensorRef) -> nn.Module:
         bits = 8 if path in self._keep8 else self._bits
-        block = block_size(weight.shape[1], self._block)
-        return _BlockProduct(path, weight, bits, block, self.errors)
+        if bits == self._bits and path in self._rounded:
+            rounded = self._rounded[path]
+            shape, blocks = rounded.values.shape, len(rounded.scales)
+            return _BlockProduct(
+                shape, bits, shape[0] // blocks, lambda: [rounded.values], lambda: [rounded.scales]
+            )
+        block = block_size(weight.shape[1], self._block8 if bits == 8 else self._block)
+        source = _Blocks(path, weight, bits, block, self.errors)
+        outputs, inputs = weight.shape
+        return _BlockProduct((inputs, outputs), bits, block, source.values, source.scales)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A weight rounded beforehand: values int8 [in, out] and scales float32 [in / block, out], both
+    memory-mapped."""
+
+    values: np.ndarray
+    scales: np.ndarray
 
 
 class _BlockProduct(nn.Module):
-    def __init__(self, path: str, weight: TensorRef, bits: int, block: int, errors: Errors) -> None:
+    """MatMul with a weight of `bits` bits whose values and scales are streamed from two sources."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        bits: int,
+        block: int,
+        values: Callable[[], Iterable[np.ndarray]],
+        scales: Callable[[], Iterable[np.ndarray]],
+    ) -> None:
         super().__init__("")
-        outputs, inputs = weight.shape
+        inputs, outputs = shape
         self._block = block
         dtype = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
-        blocks = _Blocks(path, weight, bits, block, errors)
-        self.weight = nn.Parameter(
-            (inputs, outputs),
-            dtype=dtype,
-            data=StreamedTensor(blocks.values, dtype, (inputs, outputs)),
-        )
-        shape = (inputs // block, outputs)
+        self.weight = nn.Parameter(shape, dtype=dtype, data=StreamedTensor(values, dtype, shape))
+        scale_shape = (inputs // block, outputs)
         self.weight_scale = nn.Parameter(
-            shape, data=StreamedTensor(blocks.scales, ir.DataType.FLOAT, shape)
+            scale_shape, data=StreamedTensor(scales, ir.DataType.FLOAT, scale_shape)
         )
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
@@ -200,7 +241,7 @@ class _Blocks:
         error = norm = 0.0
         for rows in self.weight.T.rows(step):  # [step, out]
             grouped = rows.reshape(-1, self.block, outputs)
-            scales = _best_scales(grouped, self.bits)  # [step / block, 1, out]
+            scales = best_scales(grouped, self.bits)  # [step / block, 1, out]
             values = _rounded(grouped, scales, self.bits)
             error += float(np.square(values * scales - grouped).sum(dtype=np.float64))
             norm += float(np.square(grouped).sum(dtype=np.float64))
@@ -246,9 +287,12 @@ def _rounded(grouped: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
     return np.clip(values, *((-127, 127) if bits == 8 else (-8, 7)), out=values)
 
 
-def _best_scales(grouped: np.ndarray, bits: int) -> np.ndarray:
-    """Scale of each block [blocks, 1, out]; at 4 bits the one of least squared error among a few,
-    since clipping the largest weight a little pays when there are 16 levels only."""
+def best_scales(grouped: np.ndarray, bits: int) -> np.ndarray:
+    """Scale of each block of `grouped` [blocks, block, out] as [blocks, 1, out].
+
+    At 4 bits it is the one of least squared error among a few, since clipping the largest weight a
+    little pays when there are only 16 levels.
+    """
     peak = np.abs(grouped).max(axis=1, keepdims=True)
     if bits == 8:
         return np.maximum(peak / np.float32(127), TINY)

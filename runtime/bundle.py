@@ -49,13 +49,9 @@ class Bundle:
 
     def _check_names(self) -> None:
         manifest = self.manifest
-        used: list[str | None] = [g for e in manifest.engines.values() for g in (e.graph, *e.lowered.values())]
-        used += [
-            manifest.embeddings.file,
-            manifest.embeddings.scales,
-            manifest.prompt.chat_template,
-        ]
-        for name in [*used, "tokenizer.json"]:
+        graphs = [g for e in manifest.engines.values() for g in (e.graph, *e.lowered.values())]
+        tables = (manifest.embeddings.file, manifest.embeddings.scales)
+        for name in (*graphs, *tables, manifest.prompt.chat_template, "tokenizer.json"):
             if name is not None and name not in manifest.files:
                 raise BundleDamaged(self.path, f"{NAME} lists no file {name}")
         for name in manifest.files:

@@ -110,7 +110,7 @@ class DecoderSettings:
     vocab_size: int
     max_positions: int
     sliding_window: int | None  # keys a query may see, itself included
-    chunked_prefill: bool  # false where a position's rotation depends on the whole call (dynamic RoPE)
+    chunked_prefill: bool  # false where rotations depend on the whole call (dynamic RoPE)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlm_edge.errors import EngineFailure, ExtraMissing
 from vlm_edge.runtime.bundle import Bundle
+from vlm_edge.runtime.feeds import causal_mask, windows
 
 try:
     import onnxruntime
@@ -19,7 +20,6 @@ except ImportError as error:
 KIND = "cpu"
 CHUNK = 256  # positions prefilled at once: keeps attention scores and activations small
 STEP = 64  # positions the cache grows by at least
-MASKED = np.finfo(np.float32).min
 
 
 def open_session(graph: Path, name: str, threads: int | None, frugal: bool = False) -> Any:
@@ -88,8 +88,7 @@ class OrtDecoder:
         self._settings = settings
         self._session = open_session(bundle.graph("llm", KIND), "llm", threads)
         inputs = {spec.name for spec in self._session.get_inputs()}
-        windows = {"attention_mask": None, "sliding_attention_mask": settings.sliding_window}
-        self._windows = {name: window for name, window in windows.items() if name in inputs}
+        self._windows = {n: window for n, window in windows(settings).items() if n in inputs}
         self._caches: dict[str, np.ndarray] = {
             f"{kind}.{layer}": self._empty(0)
             for layer in range(settings.layers)
@@ -186,13 +185,8 @@ class _Step:
         self._embeds[0] = embeds
         self._positions[0] = np.arange(start, start + size)
         self._write[0] = start
-        keys = np.arange(capacity)
-        queries = self._positions[0][:, None]
         for name, window in self._windows.items():
-            seen = keys <= queries
-            if window is not None:
-                seen &= keys > queries - window
-            self._masks[name][0, 0] = np.where(seen, np.float32(0), MASKED)
+            self._masks[name][0, 0] = causal_mask(self._positions[0], capacity, window)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:

@@ -80,7 +80,9 @@ def _value(hint: Any, data: Any, path: str) -> Any:
         if args[-1] is not Ellipsis and len(data) != len(args):
             raise SchemaError(f"{path} should have {len(args)} entries, not {len(data)}")
         kinds = [args[0]] * len(data) if args[-1] is Ellipsis else list(args)
-        return tuple(_value(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, data, strict=True)))
+        return tuple(
+            _value(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, data, strict=True))
+        )
     if origin is dict:
         if not isinstance(data, dict):
             raise SchemaError(f"{path} should be an object, not {type(data).__name__}")

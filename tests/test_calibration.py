@@ -265,7 +265,8 @@ def test_the_error_in_the_manifest_is_that_of_the_held_out_pictures(
         off = np.linalg.norm(np.ravel(found) - np.ravel(expected)) / np.linalg.norm(expected)
         assert said["parts"][part]["relative_error"] == pytest.approx(off, rel=1e-3)
         inputs = expected
-    assert said["images"] == {"sha256": data.sha256, "pictures": COUNT, "held_out": 2}
+    used = {"sha256": data.sha256, "pictures": COUNT, "held_out": 2}
+    assert {key: said["data"][key] for key in used} == used
     assert 0 < said["parts"]["vision"]["relative_error"] < 0.2
     assert 0.98 < said["parts"]["connector"]["cosine"] < 1
 
@@ -283,7 +284,7 @@ def test_only_what_is_quantized_is_calibrated(
     )  # fmt: skip
     manifest = read_manifest(tmp_path / "b")
     assert set(report.errors) == parts
-    assert bool(manifest.calibration["images"]) == ("llm" not in parts)
+    assert bool(manifest.calibration["data"]) == ("llm" not in parts)
     assert ("calibrate vision" in steps) == (parts == {"connector"})  # its outputs are needed
     assert sum(report.sizes.values()) == Bundle(tmp_path / "b").size()
     assert report.peak_rss_anon > 1 << 20

@@ -190,6 +190,23 @@ def break_engine(chat: Chat) -> None:
         decoder.decode = original
 
 
+def break_prefill_of_another_prompt(chat: Chat) -> None:
+    """It has written over the conversation's positions when it fails."""
+    decoder = chat._vlm.decoder
+    original = decoder.prefill
+
+    def fails(embeds: Any) -> Any:
+        original(embeds)
+        raise EngineFailure("llm", "no memory")
+
+    decoder.prefill = fails
+    try:
+        with pytest.raises(EngineFailure):
+            chat._vlm.generate("something else, about as long as the conversation is so far")
+    finally:
+        decoder.prefill = original
+
+
 def overflow(chat: Chat) -> None:
     with pytest.raises(ContextOverflow):
         chat.ask("long " * 500, **SETTINGS)
@@ -208,7 +225,16 @@ def bad_setting(chat: Chat) -> None:
 
 
 @pytest.mark.parametrize(
-    "fail", [abandon, interrupt, break_engine, overflow, bad_image, bad_setting]
+    "fail",
+    [
+        abandon,
+        interrupt,
+        break_engine,
+        break_prefill_of_another_prompt,
+        overflow,
+        bad_image,
+        bad_setting,
+    ],
 )
 def test_a_failed_turn_leaves_the_conversation_as_it_was(
     fail: Callable[[Chat], None], pair: Callable[..., tuple[VLM, VLM]], pictures: dict[str, Path]

@@ -463,6 +463,16 @@ def test_export_writes_a_bundle(
         assert set(engines.values()) == precisions
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_export_says_the_error_of_every_quantized_part(
+    checkpoint: Callable[[str], Path], tmp_path: Path, precision: str
+) -> None:
+    result = vlm("export", str(checkpoint(CASE)), f"--{precision}", "-o", str(tmp_path / "b"))
+    rows = {line.split("│")[1].strip(): line for line in result.stdout.splitlines() if "│" in line}
+    for part in ("vision", "connector", "llm"):
+        assert "%" in rows[part].split("│")[4], rows[part]
+
+
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [

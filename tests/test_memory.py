@@ -39,6 +39,12 @@ def test_mapped_files_do_not_count(tmp_path: Path) -> None:
     assert watched.peak - before < 16 * MEBI
 
 
+def test_the_kernels_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    (tmp_path / "status").write_text("VmRSS:\t   9 kB\nRssAnon:\t   7 kB\n")
+    assert rss_anon() == 7168  # proc(5): its kB are 1024 bytes
+
+
 @pytest.mark.parametrize("text", [None, "Name: x\nVmRSS: 1 kB\n"])
 def test_a_system_that_does_not_say_gives_0(
     text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,7 +14,7 @@ from pictures import SIZES
 from reference import Answer, Reference
 from tiny import CASES, build, edit_json
 
-from vlm_edge.export.verification.layers import prefill_feeds
+from vlm_edge.runtime.feeds import prefill_feeds
 
 NEW_TOKENS = 20
 # A reference whose winner leads by less could flip by rounding alone; float32 logits differ by 1e-5.

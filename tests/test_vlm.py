@@ -118,6 +118,23 @@ def test_sampling_settings_act(shared: VLM) -> None:
     assert not prompt & set(punished)  # the prompt counts as seen
 
 
+def test_the_sampler_sees_every_token_so_far(
+    shared: VLM, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompt and answer both count as said before."""
+    seen: list[list[int]] = []
+    pick = vlm_module.Sampler.pick
+
+    def note(self: Any, logits: np.ndarray, ids: list[int]) -> int:
+        seen.append(list(ids))
+        return pick(self, logits, ids)
+
+    monkeypatch.setattr(vlm_module.Sampler, "pick", note)
+    new = greedy(shared, QUESTION, [picture], max_new_tokens=5)
+    prompt = shared.build_prompt(QUESTION, [picture]).token_ids
+    assert seen == [[*prompt, *new[:count]] for count in range(5)]
+
+
 def test_the_checkpoints_own_penalty_is_the_default(vlm: Callable[..., VLM]) -> None:
     model = vlm("siglip-qwen2-v4")
     assert model.manifest.generation.repetition_penalty == 1.3
@@ -131,7 +148,8 @@ def test_the_checkpoints_own_penalty_is_the_default(vlm: Callable[..., VLM]) -> 
 
 def test_ignore_eos_gives_exactly_as_many_tokens(model: VLM) -> None:
     plain = model.generate(QUESTION, max_new_tokens=30, ignore_eos=True)
-    ends = (plain.token_ids[3], plain.token_ids[7])
+    fresh = [t for i, t in enumerate(plain.token_ids) if t not in plain.token_ids[:i]]
+    ends = (fresh[3], fresh[1])  # the one that comes first is not the first of the list
     generation = dataclasses.replace(model.manifest.generation, eos_token_ids=ends)
     model.manifest = dataclasses.replace(model.manifest, generation=generation)
     for count in (1, 2, 30):
@@ -350,6 +368,20 @@ def test_a_bad_call_is_refused_at_once(
     """By `stream` itself, before anybody asks for a piece."""
     with pytest.raises(error, match=said):
         shared.stream(**{"prompt": QUESTION, **call})
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_the_keys_of_the_cache_are_what_went_through_the_decoder(
+    count: int, model: VLM, picture: Path
+) -> None:
+    """All positions but the last new token, which no step has read yet. A wrong key would let a later
+    turn take the answer to another question from the cache."""
+    result = model.generate(QUESTION, [picture], max_new_tokens=count, ignore_eos=True)
+    ids = np.array([*model.build_prompt(QUESTION, [picture]).token_ids, *result.token_ids[:-1]])
+    assert model.decoder.length == len(model._cached) == len(ids)
+    visual = ids == model.manifest.prompt.image_token_id
+    np.testing.assert_array_equal(model._cached[~visual], ids[~visual])
+    assert (model._cached[visual] < 0).all()
 
 
 def test_another_stream_in_between_is_refused(model: VLM) -> None:

@@ -10,11 +10,10 @@ import onnx_ir as ir
 
 from vlm_edge.errors import EngineFailure
 from vlm_edge.runtime.bundle import Bundle
-from vlm_edge.runtime.manifest import DecoderSettings
+from vlm_edge.runtime.feeds import prefill_feeds
 
 # as export/vision and export/language name the values
 LAYER = re.compile(r"^((?:vision|llm)\.layers\.\d+)\.output$")
-MASKED = np.finfo(np.float32).min
 
 
 def vision_layers(bundle: Bundle, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -33,24 +32,6 @@ def llm_layers(bundle: Bundle, embeds: np.ndarray) -> dict[str, np.ndarray]:
         embeds: float32 [1, n, width].
     """
     return _run(bundle, "llm", prefill_feeds(bundle.manifest.decoder, embeds))
-
-
-def prefill_feeds(decoder: DecoderSettings, embeds: np.ndarray) -> dict[str, np.ndarray]:
-    """All inputs that an llm graph may have, for a whole prompt and an empty cache of its length."""
-    count = embeds.shape[1]
-    queries, keys = np.arange(count)[:, None], np.arange(count)
-    seen = keys <= queries
-    recent = seen & (keys > queries - (decoder.sliding_window or count))
-    cache = np.zeros((1, decoder.kv_heads, count, decoder.head_dim), np.float32)
-    return {
-        "inputs_embeds": embeds,
-        "positions": np.arange(count)[None],
-        "write_indices": np.zeros(1, np.int64),
-        "logit_positions": np.array([count - 1]),
-        "attention_mask": np.where(seen, np.float32(0), MASKED)[None, None],
-        "sliding_attention_mask": np.where(recent, np.float32(0), MASKED)[None, None],
-        **{f"past.{kv}.{i}": cache for i in range(decoder.layers) for kv in ("key", "value")},
-    }
 
 
 def _run(bundle: Bundle, engine: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -132,6 +132,8 @@ def describe_error(error: dict[str, Any]) -> str:
     if "weight_error" in error:
         weight = error["weight_error"]
         return f"weights {weight['mean']:.2%}, worst layer {weight['worst']:.2%}"
+    if "kl" in error:
+        return f"KL {error['kl']:.3g} nats, same top token {error['top1_agreement']:.1%}"
     if "relative_error" in error:
         return f"features {error['relative_error']:.2%}, cosine {error['cosine']:.5f}"
     return ""
