@@ -75,6 +75,7 @@ class Checkpoint:
         self.config = Config(read_json(folder / "config.json"))
         self._renames = [(re.compile(pattern), new) for pattern, new in renames]
         self._refs: dict[str, TensorRef] = {}
+        self._other: dict[str, str] = {}  # dtype of the tensors that are no floats
         self._digest = hashlib.sha256((folder / "config.json").read_bytes())
         for path in self._files():
             self._open(path)
@@ -96,8 +97,15 @@ class Checkpoint:
 
         Raises:
             TensorMissing, TensorShapeMismatch: absent, or not of `shape`.
+            UnsupportedConfig: it is stored in a dtype that is no float (quantized already).
         """
         ref = self._refs.get(name)
+        if name in self._other:
+            raise UnsupportedConfig(
+                name,
+                self._other[name],
+                f"weights are read in {', '.join(DTYPES)}; export the original",
+            )
         if ref is None:
             raise TensorMissing(name, self.folder.name)
         if ref.shape != tuple(shape):
@@ -106,12 +114,17 @@ class Checkpoint:
 
     def _files(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            paths = [self.folder / name for name in indexed_files(index)]
-        elif (single := self.folder / "model.safetensors").is_file():
+        if (single := self.folder / "model.safetensors").is_file():  # as transformers looks
             paths = [single]
+        elif index.is_file():
+            paths = [self.folder / name for name in indexed_files(index)]
         else:
             paths = sorted(self.folder.glob("*.safetensors"))
+        if not paths and any(self.folder.glob("*.bin")):
+            raise CheckpointMissing(
+                self.folder,
+                "it holds .bin weights only; save it once more with transformers, which writes safetensors",
+            )
         missing = [path.name for path in paths if not path.is_file()]
         if missing or not paths:
             what = ", ".join(missing) or "no .safetensors file"
@@ -142,18 +155,25 @@ class Checkpoint:
             raise CheckpointMissing(self.folder, f"{path.name} is truncated; download it again")
         mapped = np.memmap(path, mode="r", dtype=np.uint8) if size > data else np.empty(0, np.uint8)
         for stored, (kind, shape, begin, end) in header.items():
+            name = stored
+            for pattern, new in self._renames:
+                name = pattern.sub(new, name)
             dtype = DTYPES.get(kind)
             if dtype is None:
-                continue  # integer buffers (position_ids) carry no weights; a weight would be missed by name
+                self._other[name] = (
+                    kind  # an integer buffer (position_ids), unless a layer asks for it
+                )
+                continue
             if end - begin != math.prod(shape) * dtype.itemsize:
                 raise CheckpointMissing(
                     self.folder,
                     f"{path.name} is damaged: {stored} has {end - begin} bytes for shape {list(shape)}",
                 )
             view = mapped[data + begin : data + end].view(dtype).reshape(shape)
-            name = stored
-            for pattern, new in self._renames:
-                name = pattern.sub(new, name)
+            if name in self._refs:
+                raise CheckpointMissing(
+                    self.folder, f"tensors {self._refs[name].name} and {stored} are the same one"
+                )
             self._refs[name] = TensorRef(stored, view)
 
 

@@ -51,7 +51,7 @@ class ExportReport:
         errors: by quantized part; `cosine` and `relative_error` of its features on held-out
             pictures; of a language model in INT8 `weight_error`, the relative error of its layers
             (mean and worst), in INT4 `kl` and `top1_agreement` on held-out prompts.
-        peak_rss_anon: bytes; 0 where the system does not say.
+        peak_rss_anon: bytes, once the source was there; 0 where the system does not say.
     """
 
     bundle: Path
@@ -94,9 +94,9 @@ def export(
     tried = static.methods(calibration_method)
     output = Path(output)
     writer.check_output(output)
+    tick("read checkpoint", 0, 1)
+    folder, name = resolve(source, revision)
     with PeakMemory() as memory:
-        tick("read checkpoint", 0, 1)
-        folder, name = resolve(source, revision)
         checkpoint, model, prompt = read_model(folder, arch)
         plan.check({part: model.parts[part].weight_only for part in model.parts})
         precisions = {n: plan.of(n, part.weight_only) for n, part in model.parts.items()}

@@ -7,6 +7,7 @@ quantization as symmetric QuantizeLinear/DequantizeLinear with zero-point 0, whi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
-from vlm_edge.errors import CalibrationError
+from vlm_edge.errors import CalibrationError, CheckpointError
 from vlm_edge.export.checkpoint import CHUNK_BYTES, TensorRef
 from vlm_edge.export.tensors import StreamedTensor, constant, transposed
 
@@ -247,6 +248,7 @@ class _Blocks:
             norm += float(np.square(grouped).sum(dtype=np.float64))
             self._scales.append(scales[:, 0])
             yield values.astype(np.int8).reshape(rows.shape)
+        _refuse_not_finite(self.weight, norm)
         self.errors[self.path] = (error / norm) ** 0.5 if norm else 0.0
 
     def scales(self) -> Iterator[np.ndarray]:
@@ -268,10 +270,17 @@ def block_size(inputs: int, longest: int) -> int:
     return inputs
 
 
+def _refuse_not_finite(weight: TensorRef, size: float) -> None:
+    """Raises CheckpointError if `size`, a sum over the weight's magnitudes, is not a number."""
+    if not math.isfinite(size):
+        raise CheckpointError(f"tensor {weight.name} holds values that are not finite numbers")
+
+
 def channel_scales(weight: TensorRef) -> np.ndarray:
     """float32 [out]: the scale that maps each output channel's largest weight to 127."""
-    peaks = [np.abs(rows).max(axis=1) for rows in weight.rows()]
-    return np.maximum(np.concatenate(peaks) / np.float32(127), TINY).astype(np.float32)
+    peaks = np.concatenate([np.abs(rows).max(axis=1) for rows in weight.rows()])
+    _refuse_not_finite(weight, float(peaks.sum()))
+    return np.maximum(peaks / np.float32(127), TINY).astype(np.float32)
 
 
 def _int8_columns(weight: TensorRef, scale: np.ndarray) -> Iterator[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import ml_dtypes
@@ -28,15 +28,23 @@ class StreamedTensor(ir.LazyTensor):
         self._blocks = blocks
 
     def tofile(self, file: Any) -> None:
-        for block in self._blocks():
-            if self.dtype == ir.DataType.INT4:
-                block = pack_int4(block)
+        for block in self._stored():
             file.write(np.ascontiguousarray(block).data)
 
     def tobytes(self) -> bytes:
-        if self.dtype == ir.DataType.INT4:
-            return b"".join(pack_int4(block).tobytes() for block in self._blocks())
-        return b"".join(np.ascontiguousarray(block).tobytes() for block in self._blocks())
+        return b"".join(np.ascontiguousarray(block).tobytes() for block in self._stored())
+
+    def _stored(self) -> Iterator[np.ndarray]:
+        """The blocks as they lie in the file."""
+        odd = False
+        for block in self._blocks():
+            if self.dtype == ir.DataType.INT4:
+                assert not odd, (
+                    "a byte holds two values: only the last block may have an odd number"
+                )
+                odd = bool(block.size % 2)
+                block = pack_int4(block)
+            yield block
 
 
 def pack_int4(values: np.ndarray) -> np.ndarray:

@@ -31,7 +31,7 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     repetition_penalty: float | None = None
-    stop: str | Sequence[str] = ()
+    stop: str | Sequence[str] | None = None
     ignore_eos: bool = False
     seed: int | None = None
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from vlm_edge.errors import VisualTokenMismatch
-from vlm_edge.runtime.bundle import Embeddings
+
+
+class TokenTable(Protocol):
+    """Anything with the embedding rows of token ids."""
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        """float32 [n, width] of int64 [n]."""
 
 
 def splice(
-    ids: np.ndarray, image_token_id: int, embeddings: Embeddings, features: Sequence[np.ndarray]
+    ids: np.ndarray, image_token_id: int, embeddings: TokenTable, features: Sequence[np.ndarray]
 ) -> np.ndarray:
     """inputs_embeds float32 [1, n, width].
 

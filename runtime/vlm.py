@@ -112,8 +112,9 @@ class VLM:
             BundleError, DeviceError, SettingError, ExtraMissing.
         """
         begin = time.perf_counter()
-        if threads is not None and threads < 1:
-            raise SettingError(f"threads = {threads}; it should be at least 1")
+        whole = isinstance(threads, int) and not isinstance(threads, bool)
+        if threads is not None and (not whole or threads < 1):
+            raise SettingError(f"threads = {threads!r}; it should be a whole number, at least 1")
         vlm = cls(Bundle(bundle, check), device, threads)
         vlm.load_s = time.perf_counter() - begin
         return vlm
@@ -157,7 +158,7 @@ class VLM:
         sampler = Sampler(
             settings.temperature, settings.top_p, settings.top_k, penalty, settings.seed
         )
-        stops = StopStrings(settings.stop)
+        stops = StopStrings(() if settings.stop is None else settings.stop)
         built = self.build_prompt(prompt, images, template)
         limit = self.manifest.decoder.max_positions
         if len(built.token_ids) + settings.max_new_tokens > limit:
@@ -207,8 +208,11 @@ class VLM:
                 logits = self.decoder.decode(self.embeddings.rows(np.array([token]))[0])
                 token = self._pick(sampler, logits, ids)
             self._cached = np.append(self._cached, ids[-1])
-        if not stops.stopped:
+        complete = stops.stopped
+        if not complete:
             piece = stops.push(detokenizer.flush())
+            if stops.stopped:
+                reason = "stop_string"
             piece += stops.flush()
             text += piece
             yield piece

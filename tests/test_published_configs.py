@@ -79,7 +79,9 @@ GENERIC = {
 
 def read(config: dict[str, Any]) -> tuple[tower.TowerSettings, llama.DecoderConfig]:
     side = config["vision_config"]["image_size"]
-    return tower.read_tower(Config(config), side, side), llama.read(Config(config).sub("text_config"))
+    return tower.read_tower(Config(config), side, side), llama.read(
+        Config(config).sub("text_config")
+    )
 
 
 @pytest.mark.parametrize(

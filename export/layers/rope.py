@@ -74,8 +74,8 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> Rope:
         UnsupportedConfig: another kind of RoPE, or a part of the head that is not rotated.
     """
     new, old = config.sub("rope_parameters").values, config.sub("rope_scaling").values
-    where = "rope_parameters" if new else "rope_scaling"
-    values: dict[str, Any] = dict(new or old)
+    where = "rope_scaling" if old else "rope_parameters"  # transformers 5 prefers the old key
+    values: dict[str, Any] = dict(old or new)
     take = _Reader(values, config.name(where), max_positions)
     theta = take.number("rope_theta", config.number("rope_theta", 10000.0))
     kind = values.pop("rope_type", None) or values.pop("type", None) or "default"

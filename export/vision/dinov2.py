@@ -18,7 +18,7 @@ from vlm_edge.export.vision.clip import MLP, SelfAttention
 from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, read_sizes
 
 MODEL_TYPES = ("dinov2",)
-# What save_pretrained writes, to the names the modules have in transformers 5.
+# What save_pretrained writes, to names that CLIP's modules share.
 RENAMES = (
     (r"(?<=\.)encoder\.layer\.(\d+)\.", r"encoder.layers.\1."),
     (r"\.attention\.attention\.query\.", ".attention.q_proj."),
