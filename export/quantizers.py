@@ -52,22 +52,22 @@ class Observer:
     """Full precision, noting every linear layer's input so that calibration can read it.
 
     Args:
-        reduce: `(op, value) -> value`, what to keep of an input.
+        reduce: `(op, value) -> {kind: value}`, what to keep of an input.
         only: paths whose inputs are kept; None keeps all.
 
     Attributes:
         weights: the weight [out, in] of every layer, by path.
-        observed: the reduced value of each distinct linear input, by the path of the first layer
-            that reads it.
+        observed: what was kept of each distinct linear input, by the path of the first layer that
+            reads it.
         readers: for every layer's path, the path its input is observed under.
     """
 
     def __init__(
         self,
-        reduce: Callable[[Any, ir.Value], ir.Value],
+        reduce: Callable[[Any, ir.Value], dict[str, ir.Value]],
         only: Collection[str] | None = None,
     ) -> None:
-        self.observed: dict[str, ir.Value] = {}
+        self.observed: dict[str, dict[str, ir.Value]] = {}
         self.readers: dict[str, str] = {}
         self.weights: dict[str, TensorRef] = {}
         self._reduce, self._only = reduce, only
@@ -86,6 +86,14 @@ class Observer:
                 self.observed[path] = self._reduce(op, x)
         self.readers[path] = first
 
+    def add_outputs(self, model: ir.Model) -> None:
+        """Make all that was kept an output of the graph, float32, named by kind and path."""
+        for path, kept in self.observed.items():
+            for kind, value in kept.items():
+                value.name = kind + path
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+                model.graph.outputs.append(value)
+
 
 class _Observed(FloatProduct):
     def __init__(self, observer: Observer, path: str, weight: TensorRef) -> None:
@@ -101,15 +109,20 @@ class StaticInt8:
     """W8A8: per-channel int8 weights, one calibrated scale for each layer's input.
 
     Args:
-        ranges: largest magnitude to represent at the input of each layer, by layer path.
+        ranges: largest magnitude to represent at the input of each layer, by layer path; after the
+            division by `smoothing` where there is one.
+        smoothing: float32 [in] by layer path: inputs are divided by it, weights multiplied
+            (`calibration.ranges.migration`). Layers that share an input share it.
     """
 
-    def __init__(self, ranges: Mapping[str, float]) -> None:
-        self._ranges = ranges
+    def __init__(
+        self, ranges: Mapping[str, float], smoothing: Mapping[str, np.ndarray] | None = None
+    ) -> None:
+        self._ranges, self._smoothing = ranges, smoothing or {}
         self._seen: list[tuple[ir.Value, ir.Value]] = []
 
     def product(self, path: str, weight: TensorRef) -> nn.Module:
-        return _StaticInt8Product(self, path, weight)
+        return _StaticInt8Product(self, path, weight, self._smoothing.get(path))
 
     def activation(self, op: Any, path: str, x: ir.Value) -> ir.Value:
         """x after its Q/DQ pair; layers that share an input (query, key, value) share the pair."""
@@ -120,21 +133,30 @@ class StaticInt8:
             raise CalibrationError(f"no range was calibrated for the input of {path}")
         scale = op.Constant(value_float=float(max(self._ranges[path] / 127, TINY)))
         zero = op.Constant(value=ir.Tensor(np.zeros((), np.int8)))
-        quantized = op.DequantizeLinear(op.QuantizeLinear(x, scale, zero), scale, zero)
+        smooth = x
+        if path in self._smoothing:
+            # `fold.into_norms` moves this into the normalisation before it, where there is one.
+            smooth = op.Mul(
+                x, op.initializer(constant(1 / self._smoothing[path]), f"{path}.smooth")
+            )
+        quantized = op.DequantizeLinear(op.QuantizeLinear(smooth, scale, zero), scale, zero)
         self._seen.append((x, quantized))
         return quantized
 
 
 class _StaticInt8Product(nn.Module):
-    def __init__(self, quantizer: StaticInt8, path: str, weight: TensorRef) -> None:
+    def __init__(
+        self, quantizer: StaticInt8, path: str, weight: TensorRef, smoothing: np.ndarray | None
+    ) -> None:
         super().__init__("")
         outputs, inputs = weight.shape
         self._quantizer, self._path = quantizer, path
-        scale = channel_scales(weight)
+        factors = np.ones(inputs, np.float32) if smoothing is None else smoothing
+        scale = channel_scales(weight, factors)
         self.weight = nn.Parameter(
             (inputs, outputs),
             data=StreamedTensor(
-                lambda: _int8_columns(weight, scale), ir.DataType.INT8, (inputs, outputs)
+                lambda: _int8_columns(weight, scale, factors), ir.DataType.INT8, (inputs, outputs)
             ),
         )
         self.weight_scale = nn.Parameter((outputs,), data=constant(scale))
@@ -276,15 +298,21 @@ def _refuse_not_finite(weight: TensorRef, size: float) -> None:
         raise CheckpointError(f"tensor {weight.name} holds values that are not finite numbers")
 
 
-def channel_scales(weight: TensorRef) -> np.ndarray:
-    """float32 [out]: the scale that maps each output channel's largest weight to 127."""
-    peaks = np.concatenate([np.abs(rows).max(axis=1) for rows in weight.rows()])
+def channel_scales(weight: TensorRef, factors: np.ndarray) -> np.ndarray:
+    """float32 [out]: the scale that maps each output channel's largest weight to 127, once inputs'
+    weights are multiplied by `factors` [in]."""
+    peaks = np.concatenate([np.abs(rows * factors).max(axis=1) for rows in weight.rows()])
     _refuse_not_finite(weight, float(peaks.sum()))
     return np.maximum(peaks / np.float32(127), TINY).astype(np.float32)
 
 
-def _int8_columns(weight: TensorRef, scale: np.ndarray) -> Iterator[np.ndarray]:
+def _int8_columns(
+    weight: TensorRef, scale: np.ndarray, factors: np.ndarray
+) -> Iterator[np.ndarray]:
+    start = 0
     for rows in weight.T.rows():  # [step, out]
+        rows *= factors[start : start + len(rows), None]
+        start += len(rows)
         np.divide(rows, scale, out=rows)
         yield np.clip(np.rint(rows, out=rows), -127, 127).astype(np.int8)
 

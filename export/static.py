@@ -14,14 +14,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from vlm_edge.calibration.data import CalibrationSet
-from vlm_edge.calibration.ranges import (
-    Ranges,
-    add_range_outputs,
-    feature_error,
-    largest_magnitudes,
-)
+from vlm_edge.calibration.ranges import STRENGTHS, Ranges, feature_error, magnitudes, migration
 from vlm_edge.errors import SettingError
-from vlm_edge.export import graphs
+from vlm_edge.export import fold, graphs
+from vlm_edge.export.checkpoint import TensorRef
 from vlm_edge.export.lowering import cpu
 from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers import Observer, StaticInt8
@@ -30,9 +26,9 @@ from vlm_edge.runtime.manifest import ImageSettings
 from vlm_edge.runtime.ort import open_session
 from vlm_edge.runtime.preprocess import preprocess
 
-Method = Literal["auto", "minmax", "percentile"]
+Method = Literal["auto", "minmax", "percentile", "smooth-65", "smooth-80"]
 Progress = Callable[[str, int, int], Any]
-CANDIDATES = ("percentile", "minmax")
+CANDIDATES = ("percentile", "minmax", *STRENGTHS)
 
 
 def methods(method: str) -> tuple[str, ...]:
@@ -55,11 +51,36 @@ class Floats:
     Attributes:
         inputs, outputs: memory-mapped files [pictures, ...], one row a picture.
         ranges: of the linear layers' inputs, over the pictures that are not held out.
+        layers: the linear layers, with their weights.
     """
 
     inputs: np.ndarray
     outputs: np.ndarray
     ranges: Ranges
+    layers: Observer
+
+    def quantizer(self, method: str) -> StaticInt8:
+        """INT8 with ranges by `method`."""
+        if method not in STRENGTHS:
+            return StaticInt8(
+                {"minmax": self.ranges.minmax, "percentile": self.ranges.percentile}[method]
+            )
+        readers: dict[str, list[str]] = {}
+        for path, first in self.layers.readers.items():
+            readers.setdefault(first, []).append(path)
+        smoothing, ranges = {}, {}
+        for first, paths in readers.items():
+            channels = self.ranges.channels[first]
+            weights = np.max([_column_peaks(self.layers.weights[path]) for path in paths], axis=0)
+            scales = migration(channels, weights, STRENGTHS[method])
+            for path in paths:
+                smoothing[path], ranges[path] = scales, float((channels / scales).max())
+        return StaticInt8(ranges, smoothing)
+
+
+def _column_peaks(weight: TensorRef) -> np.ndarray:
+    """float32 [in]: the largest weight that reads each input, of `weight` [out, in]."""
+    return np.max([np.abs(rows).max(axis=0) for rows in weight.rows()], axis=0)
 
 
 def pixels(data: CalibrationSet, settings: ImageSettings, scratch: Path) -> np.ndarray:
@@ -80,9 +101,9 @@ def run_float(
     progress: Progress,
 ) -> Floats:
     """Run `part` in full precision over `inputs` [pictures, ...], one picture at a time."""
-    observer = Observer(largest_magnitudes)
+    observer = Observer(magnitudes)
     model = part.build(observer)
-    add_range_outputs(model, observer.observed)
+    observer.add_outputs(model)
     path = scratch / f"{name}_float.onnx"
     graphs.save(model, path)
     (source,), (target,) = part.interface.inputs, part.interface.outputs
@@ -101,7 +122,7 @@ def run_float(
     ranges.share(observer.readers)
     assert outputs is not None  # a calibration set is never empty
     path.with_suffix(".data").unlink(missing_ok=True)
-    return Floats(inputs, outputs, ranges)
+    return Floats(inputs, outputs, ranges, observer)
 
 
 def write_int8(
@@ -123,10 +144,9 @@ def write_int8(
     measured: dict[str, dict[str, float]] = {}
 
     def write(method: str) -> None:
-        quantizer = StaticInt8(floats.ranges.method(method))
-        graphs.save(
-            part.build(quantizer), path, lambda done, of: progress(f"write {name} int8", done, of)
-        )
+        model = part.build(floats.quantizer(method))
+        fold.into_norms(model.graph)
+        graphs.save(model, path, lambda done, of: progress(f"write {name} int8", done, of))
         cpu.lower(path)
 
     for method in tried:

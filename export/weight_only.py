@@ -46,7 +46,7 @@ BUDGET = 0.05  # KL divergence to full precision (nats a token) up to which INT4
 # Layers whose rounding hurts most go to INT8 first (the inputs of down_proj and the outputs of v_proj
 # have the largest outliers: SmoothQuant, arXiv 2211.10438).
 STEPS: tuple[tuple[str, ...], ...] = ((), (".v_proj", ".down_proj"))
-PREFIX = "gram."
+GRAM = "gram."
 
 
 def embedded_prompts(
@@ -137,11 +137,11 @@ def write_int4(
     return {"method": "gptq", "budget_kl": BUDGET, **tried[-1], "tried": tried}
 
 
-def gram(op: Any, x: ir.Value) -> ir.Value:
-    """x [batch, s, in] -> the sum of x x^T over positions, [in, in]."""
+def gram(op: Any, x: ir.Value) -> dict[str, ir.Value]:
+    """Of x [batch, s, in] the sum of x x^T over positions, [in, in]."""
     width = op.Slice(op.Shape(x), [-1], [1 << 31], [0])
     flat = op.Reshape(x, op.Concat([-1], width, axis=0))
-    return op.MatMul(op.Transpose(flat, perm=[1, 0]), flat)
+    return {GRAM: op.MatMul(op.Transpose(flat, perm=[1, 0]), flat)}
 
 
 def _gptq(
@@ -171,7 +171,7 @@ def _gptq(
 
 def observed(part: Part) -> Observer:
     """The part's layers and which of them share an input, without running anything."""
-    layers = Observer(lambda op, x: x)
+    layers = Observer(lambda op, x: {})
     part.build(layers)
     return layers
 
@@ -212,13 +212,10 @@ def _sums(
 ) -> Mapping[str, np.ndarray]:
     observer = Observer(gram, only=group)
     model = part.build(observer)
-    for first, value in observer.observed.items():
-        value.name = PREFIX + first
-        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["in", "in"])
-        model.graph.outputs.append(value)
+    observer.add_outputs(model)
     graphs.save(model, path)
     session = open_session(path, "llm", None, frugal=True)
-    names = [PREFIX + first for first in observer.observed]
+    names = [GRAM + first for first in observer.observed]
     sums: dict[str, np.ndarray] = {}
     for index, embed in enumerate(embeds):
         outputs = session.run(names, _feeds(session, settings, embed))

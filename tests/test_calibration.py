@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,11 +20,13 @@ from vlm_edge.calibration import data as data_module
 from vlm_edge.calibration import ranges as ranges_module
 from vlm_edge.calibration.data import FEWEST, HOLD_OUT, MOST, load
 from vlm_edge.calibration.ranges import (
-    PREFIX,
+    CHANNELS,
+    RANGE,
     FeatureError,
     Ranges,
     feature_error,
-    largest_magnitudes,
+    magnitudes,
+    migration,
 )
 from vlm_edge.errors import CalibrationError, SettingError
 from vlm_edge.export import static
@@ -101,12 +104,13 @@ def test_the_graph_keeps_the_largest_magnitudes(
     monkeypatch.setattr(ranges_module, "PERCENTILE", percentile)
     path = write(
         tmp_path / "g.onnx",
-        lambda op, x: [largest_magnitudes(op, x["x"])],
+        lambda op, x: [(kept := magnitudes(op, x["x"]))[RANGE], kept[CHANNELS]],
         {"x": ("float32", ("a", "b", "c"))},
-        {"y": ("float32", ("n",))},
+        {"y": ("float32", ("n",)), "z": ("float32", ("c",))},
     )
     values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    (found,) = run(path, {"x": values})
+    found, channels = run(path, {"x": values})
+    np.testing.assert_array_equal(channels, np.abs(values).max(axis=(0, 1)))
     falling = np.sort(np.abs(values).ravel())[::-1]
     np.testing.assert_array_equal(found, falling[: len(found)])
     share = values.size * (1 - percentile / 100)
@@ -114,18 +118,21 @@ def test_the_graph_keeps_the_largest_magnitudes(
 
 
 def outputs(**values: list[float]) -> dict[str, np.ndarray]:
-    return {PREFIX + name: np.array(v, np.float32) for name, v in values.items()}
+    """Of layers with one input channel."""
+    largest = {RANGE + name: np.array(v, np.float32) for name, v in values.items()}
+    return largest | {CHANNELS + name: np.array(v[:1], np.float32) for name, v in values.items()}
 
 
 def test_ranges_over_pictures() -> None:
     found = Ranges()
     found.add({**outputs(a=[5, 3], b=[1, 0.5]), "features": np.array([99.0])})
     found.add(outputs(a=[4, 3.5], b=[7, 0.25]))
-    assert found.method("minmax") == {"a": 5.0, "b": 7.0}
-    assert found.method("percentile") == {"a": 3.5, "b": 0.5}
+    assert found.minmax == {"a": 5.0, "b": 7.0}
+    assert found.percentile == {"a": 3.5, "b": 0.5}
     found.share({"a": "a", "b": "b", "c": "b"})
-    assert found.method("minmax") == {"a": 5.0, "b": 7.0, "c": 7.0}
-    assert found.method("percentile") == {"a": 3.5, "b": 0.5, "c": 0.5}
+    assert found.minmax == {"a": 5.0, "b": 7.0, "c": 7.0}
+    assert found.percentile == {"a": 3.5, "b": 0.5, "c": 0.5}
+    assert {path: float(c[0]) for path, c in found.channels.items()} == {"a": 5, "b": 7, "c": 7}
     for bad in (np.nan, np.inf):
         with pytest.raises(CalibrationError, match="input of a is not finite"):
             found.add(outputs(a=[bad]))
@@ -200,11 +207,45 @@ def test_ranges_are_those_of_transformers_activations(
     assert set(floats["connector"].ranges.minmax) == read
 
 
+def test_migration_levels_the_channels() -> None:
+    channels = np.array([100, 1, 0.01, 0, 3], np.float32)
+    weights = np.array([0.1, 0.1, 2, 1, 0], np.float32)
+    scales = migration(channels, weights, 0.5)
+    np.testing.assert_allclose(scales[:3] ** 2, channels[:3] / weights[:3], rtol=1e-6)
+    assert list(scales[3:]) == [1, 1]  # never read, or never there: left alone
+    np.testing.assert_allclose(migration(channels, weights, 1.0)[:3], channels[:3], rtol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["clip-llama", "siglip-qwen2", "dinov2-swiglu"])
+def test_smoothing_changes_nothing_but_the_rounding(
+    case: str, folder: Path, tmp_path: Path, checkpoint: Callable[[str], Path],
+    bundle: Callable[..., Path],
+) -> None:  # fmt: skip
+    """Whatever the strength, features stay those of full precision within INT8's error, and no
+    multiplication is left in front of a layer that has a norm before it."""
+    made = export_with("smooth-80", checkpoint(case), folder, tmp_path / "b")
+    exact = Bundle(bundle(case))
+    pixels = static.pixels(load(folder), made.manifest.image, tmp_path)[:1]
+    found, expected = (
+        run(b.graph("vision", "cpu"), {"pixel_values": pixels})[0] for b in (made, exact)
+    )
+    cosine = (found * expected).sum() / np.linalg.norm(found) / np.linalg.norm(expected)
+    assert cosine > 0.99
+    assert made.manifest.calibration["parts"]["vision"]["method"] == "smooth-80"
+    graph = ir.load(made.graph("vision", "cpu")).graph
+    smoothed = [n for n in graph if n.op_type == "Mul" and "smooth" in (n.inputs[1].name or "")]
+    before = {n.inputs[0].producer().op_type for n in smoothed}
+    assert smoothed
+    assert not before & {"LayerNormalization"}
+    norms = [n for n in graph if n.op_type == "LayerNormalization"]
+    assert sum("smooth" in (n.inputs[1].name or "") for n in norms) >= 2
+
+
 # -- the choice -------------------------------------------------------------------------------
 
 
 def test_methods() -> None:
-    assert set(static.methods("auto")) == {"minmax", "percentile"}
+    assert set(static.methods("auto")) == {"minmax", "percentile", "smooth-65", "smooth-80"}
     assert static.methods("minmax") == ("minmax",)
     with pytest.raises(SettingError, match="'entropy'; known are auto, minmax, percentile"):
         static.methods("entropy")

@@ -216,7 +216,12 @@ def test_static_weights_have_one_scale_an_output(
     outputs, inputs = shape
     values = weights(*shape)
     expected = np.abs(values).max(axis=1) / np.float32(127)
-    np.testing.assert_array_equal(channel_scales(ref(values)), np.maximum(expected, 1e-12))
+    even = np.ones(inputs, np.float32)
+    np.testing.assert_array_equal(channel_scales(ref(values), even), np.maximum(expected, 1e-12))
+    factors = np.linspace(0.5, 2, inputs, dtype=np.float32)
+    np.testing.assert_array_equal(
+        channel_scales(ref(values), factors), channel_scales(ref(values * factors), even)
+    )
     product = StaticInt8({"layer": 2.0}).product("layer", ref(values))
     stored = initializers(write_product(tmp_path / "g.onnx", product, inputs, outputs))
     assert stored["weight"].dtype == np.int8

@@ -46,7 +46,7 @@ DEMO_ARCH = "llava"
 )
 @click.option(
     "--method",
-    type=click.Choice(["auto", "percentile", "minmax"]),
+    type=click.Choice(["auto", "percentile", "minmax", "smooth-65", "smooth-80"]),
     default="auto",
     show_default=True,
     help="How a range follows from the activations; auto takes what errs less.",
