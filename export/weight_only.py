@@ -39,8 +39,8 @@ from vlm_edge.runtime.template import ChatTemplate
 from vlm_edge.runtime.tokenizer import Tokenizer
 
 BITS, BLOCK, BLOCK8 = 4, 32, 128
-HESSIAN_BYTES = 256 << 20  # of sums kept at once; more layers take another pass over the prompts
-MOST_PASSES = 6  # a model that needs more is rounded to nearest: the passes would take hours
+HESSIAN_BYTES = 160 << 20  # of sums kept at once; more layers take another pass over the prompts
+MOST_PASSES = 8  # a model that needs more is rounded to nearest: the passes would take hours
 LAST = 16  # positions of a prompt whose logits are compared
 BUDGET = 0.05  # KL divergence to full precision (nats a token) up to which INT4 stays everywhere
 # Layers whose rounding hurts most go to INT8 first (the inputs of down_proj and the outputs of v_proj
