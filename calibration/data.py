@@ -81,6 +81,11 @@ def _read(folder: Path) -> CalibrationSet:
         except ImageError as error:
             raise CalibrationError(f"calibration picture unusable: {error}") from error
     prompts = [*_questions(folder, paths, every), *(Prompt(None, text) for text in _texts(folder))]
+    if len(prompts) < FEWEST:
+        raise CalibrationError(
+            f"calibration folder {folder} has {len(prompts)} prompt(s) in prompts.jsonl and texts.txt; "
+            f"at least {FEWEST} are needed, or neither file"
+        )
     digest.update(json.dumps([[p.picture, p.text] for p in prompts]).encode())
     return CalibrationSet(tuple(paths), tuple(prompts), digest.hexdigest())
 

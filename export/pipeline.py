@@ -12,7 +12,7 @@ from typing import Any
 import vlm_edge
 from vlm_edge.calibration import data as calibration_data
 from vlm_edge.calibration.data import CalibrationSet
-from vlm_edge.errors import UnsupportedConfig
+from vlm_edge.errors import TemplateError, UnsupportedConfig
 from vlm_edge.export import archs, graphs, static, weight_only, writer
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
@@ -34,6 +34,7 @@ from vlm_edge.runtime.manifest import (
     Source,
     read_manifest,
 )
+from vlm_edge.runtime.template import ChatTemplate
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +138,11 @@ def read_model(folder: Path, arch: str | None = None) -> tuple[Checkpoint, Model
     name, module = (arch, archs.find(arch)) if arch is not None else archs.find_for(model_type)
     checkpoint = Checkpoint(folder, module.RENAMES)
     prompt = read_prompt_files(folder)
+    if prompt.chat_template is not None:
+        try:
+            ChatTemplate(prompt.chat_template, prompt.special_tokens)
+        except TemplateError as error:
+            raise UnsupportedConfig("chat_template", "...", str(error)) from error
     model = module.read(checkpoint, read_processor(folder), prompt)
     log.debug("%s: %s with parts %s", folder.name, name, ", ".join(model.parts))
     return checkpoint, model, prompt

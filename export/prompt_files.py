@@ -103,7 +103,7 @@ def read_prompt_files(folder: Path) -> PromptFiles:
         tokenizer_json=core.to_str(),
         chat_template=_chat_template(folder, settings, processor),
         special_tokens=special_tokens,
-        eos_token_ids=_eos(generation, config, core, special_tokens),
+        eos_token_ids=_eos(generation),
         repetition_penalty=_penalty(generation),
         image_token=token,
         image_token_id=token_id,
@@ -259,17 +259,9 @@ def _penalty(generation: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def _eos(
-    generation: Mapping[str, Any],
-    config: Mapping[str, Any],
-    core: tokenizers.Tokenizer,
-    special_tokens: Mapping[str, str],
-) -> tuple[int, ...]:
-    text = config.get("text_config") or {}
-    places = (generation, text, config)
-    value = next((p["eos_token_id"] for p in places if p.get("eos_token_id") is not None), None)
-    if value is None and "eos_token" in special_tokens:
-        value = core.token_to_id(special_tokens["eos_token"])
+def _eos(generation: Mapping[str, Any]) -> tuple[int, ...]:
+    """What transformers' `generate` stops at; the tokenizer's own end token stops nothing there."""
+    value = generation.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
         raise UnsupportedConfig("eos_token_id", value, "it should be an id or a list of ids")

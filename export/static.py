@@ -143,15 +143,14 @@ def write_int8(
     held_out = list(data.held_out)
     measured: dict[str, dict[str, float]] = {}
 
-    def write(method: str) -> None:
+    def write(method: str) -> Path:
         model = part.build(floats.quantizer(method))
         fold.into_norms(model.graph)
         graphs.save(model, path, lambda done, of: progress(f"write {name} int8", done, of))
-        cpu.lower(path)
+        return path.with_name(cpu.lower(path) or path.name)  # no linear layer, nothing to lower
 
     for method in tried:
-        write(method)
-        lowered = path.with_name(f"{name}.cpu.onnx")
+        lowered = write(method)
         (source,), (target,) = part.interface.inputs, part.interface.outputs
         runs = _runs(lowered, name, source.name, floats.inputs[held_out])
         error = feature_error(

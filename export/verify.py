@@ -106,4 +106,8 @@ def _probes(vlm: VLM, images: Sequence[Path] | None, prompt: str | None) -> list
     if pictures:
         text = places + (prompt or QUESTIONS["picture"])
         probes.insert(0, Probe("picture", text, pictures, template))
+    for probe in probes:  # our own sentence for a bad picture or prompt, before the reference's
+        vlm.build_prompt(probe.text, probe.images, probe.template)
+        for image in probe.images:
+            vlm.pixels(image)
     return probes

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from vlm_edge.calibration import gptq
 from vlm_edge.calibration.data import CalibrationSet
-from vlm_edge.errors import CalibrationError, TemplateError
+from vlm_edge.errors import CalibrationError, PromptError
 from vlm_edge.export import graphs
 from vlm_edge.export.checkpoint import TensorRef
 from vlm_edge.export.model import Model, Part
@@ -41,6 +41,7 @@ from vlm_edge.runtime.tokenizer import Tokenizer
 BITS, BLOCK, BLOCK8 = 4, 32, 128
 HESSIAN_BYTES = 160 << 20  # of sums kept at once; more layers take another pass over the prompts
 MOST_PASSES = 8  # a model that needs more is rounded to nearest: the passes would take hours
+WIDEST = 4096  # inputs of a layer; the inverse of their sums takes 32 bytes a pair while it is made
 LAST = 16  # positions of a prompt whose logits are compared
 BUDGET = 0.05  # KL divergence to full precision (nats a token) up to which INT4 stays everywhere
 # Layers whose rounding hurts most go to INT8 first (the inputs of down_proj and the outputs of v_proj
@@ -72,7 +73,7 @@ def embedded_prompts(
             text = f"{model.prompt.image_token}\n{text}"
         try:
             built = build_prompt(text, images, model.prompt, core, template, use_template=use)
-        except TemplateError as error:
+        except PromptError as error:
             raise CalibrationError(f"calibration prompt {prompt.text!r}: {error}") from error
         ids = np.asarray(built.token_ids, np.int64)
         parts = [features[index] for index in pictures]
@@ -179,7 +180,9 @@ def observed(part: Part) -> Observer:
 def fits(part: Part) -> bool:
     """Can GPTQ be run in reasonable time? Otherwise weights are rounded to nearest."""
     layers = observed(part)
-    return len(_groups(layers, _wanted(part, layers))) <= MOST_PASSES
+    wanted = _wanted(part, layers)
+    widest = max(layers.weights[path].shape[1] for path in wanted)
+    return widest <= WIDEST and len(_groups(layers, wanted)) <= MOST_PASSES
 
 
 def _wanted(part: Part, layers: Observer) -> set[str]:

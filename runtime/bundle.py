@@ -28,6 +28,7 @@ class Bundle:
         self.path = Path(path)
         self.manifest: Manifest = read_manifest(self.path)
         self._check_names()
+        self._check_shapes()
         self._check_sizes()
         if check:
             self._check_digests()
@@ -61,6 +62,34 @@ class Bundle:
         missing = {"vision", "connector", "llm"} - manifest.engines.keys()
         if missing:
             raise BundleDamaged(self.path, f"{NAME} lists no engine {', '.join(sorted(missing))}")
+
+    def _check_shapes(self) -> None:
+        """Do the settings agree with the engines' own interfaces? A disagreement would show as an
+        engine's error about some dimension, or not at all."""
+        manifest = self.manifest
+        shapes = {
+            (name, spec.name): spec.shape
+            for name, entry in manifest.engines.items()
+            for spec in (*entry.inputs, *entry.outputs)
+        }
+        decoder, image = manifest.decoder, manifest.image
+        caches = sum(1 for name, spec in shapes if name == "llm" and spec.startswith("past.key."))
+        tokens = manifest.prompt.tokens_per_image
+        expected: dict[tuple[str, str], tuple[int | str, ...]] = {
+            ("vision", "pixel_values"): ("tiles", 3, image.height, image.width),
+            ("connector", "image_features"): ("tiles", tokens, decoder.width),
+            ("llm", "inputs_embeds"): ("batch", "sequence", decoder.width),
+            ("llm", "logits"): ("batch", "asked", decoder.vocab_size),
+            ("llm", "past.key.0"): ("batch", decoder.kv_heads, "capacity", decoder.head_dim),
+        }
+        for (engine, name), shape in expected.items():
+            found = shapes.get((engine, name))
+            if found != shape:
+                why = f"{NAME}: {engine}'s {name} is {found}, its settings say {shape}"
+                raise BundleDamaged(self.path, why)
+        if caches != decoder.layers:
+            why = f"{NAME}: llm has {caches} caches, its settings say {decoder.layers} layers"
+            raise BundleDamaged(self.path, why)
 
     def _check_sizes(self) -> None:
         for name, entry in self.manifest.files.items():
@@ -103,6 +132,10 @@ class Embeddings:
             )
         except (ValueError, OSError, EOFError) as error:
             raise BundleDamaged(folder, f"{settings.file} is not a table ({error})") from error
+        wanted = "f" if settings.scales is None else "i"
+        if self._table.ndim != 2 or self._table.dtype.kind != wanted:
+            found = f"{self._table.dtype} {list(self._table.shape)}"
+            raise BundleDamaged(folder, f"{settings.file} is {found}, not what its settings say")
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """float32 [n, width] of token ids int64 [n].

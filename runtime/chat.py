@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from vlm_edge.errors import EmptyPrompt
 from vlm_edge.runtime.prompt import listed
 from vlm_edge.runtime.settings import Settings
 from vlm_edge.runtime.vlm import VLM, Images, Result, Stream
@@ -36,6 +37,8 @@ class Chat:
             PromptError, ImageError, SettingError, EngineFailure.
         """
         content: list[dict[str, Any]] = [{"type": "image", "image": i} for i in listed(images)]
+        if not content and not text.strip():
+            raise EmptyPrompt
         content.append({"type": "text", "text": text})
         asked = [*self.messages, {"role": "user", "content": content}]
         stream = self._vlm.start(asked, (), True, Settings(**settings), reuse=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,10 @@ def listed(images: Sequence[ImageInput] | ImageInput | None) -> list[ImageInput]
         return []
     if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
         return [images]
+    if not isinstance(images, Iterable):
+        raise PromptError(
+            f"images is {_kind(images)}; give a path, bytes, a Pillow image or several"
+        )
     return list(images)
 
 

@@ -49,7 +49,7 @@ class Sampler:
             _check("seed", seed, _whole, "a whole number, at least 0")
         self.temperature, self.top_p, self.top_k = float(temperature), float(top_p), int(top_k)
         self.repetition_penalty = float(repetition_penalty)
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(None if seed is None else int(seed))
 
     def pick(self, logits: np.ndarray, token_ids: Sequence[int]) -> int:
         """The next token.
@@ -150,6 +150,8 @@ class StopStrings:
     """
 
     def __init__(self, stop: str | Sequence[str] = ()) -> None:
+        if not isinstance(stop, (str, Sequence)):
+            raise SettingError(f"stop = {stop!r}; it should be a text or a list of texts")
         self._stops = (stop,) if isinstance(stop, str) else tuple(stop)
         for text in self._stops:
             if not isinstance(text, str) or not text:

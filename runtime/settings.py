@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         count = self.max_new_tokens
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        try:
+            positive = operator.index(count) > 0 and not isinstance(count, bool)
+        except TypeError:
+            positive = False
+        if not positive:
             raise SettingError(
                 f"max_new_tokens = {count!r}; it should be a whole number, at least 1"
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 import tokenizers
 
-from vlm_edge.errors import BundleDamaged
+from vlm_edge.errors import BundleDamaged, PromptError
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,15 @@ class Tokenizer:
         self._core.no_padding()
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; `add_special_tokens` puts bos/eos where the checkpoint's tokenizer does."""
+        """Token ids; `add_special_tokens` puts bos/eos where the checkpoint's tokenizer does.
+
+        Raises:
+            PromptError: the text is not valid Unicode (a lone surrogate, from bytes that are not UTF-8).
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise PromptError("the text is not valid UTF-8") from error
         ids: list[int] = self._core.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 

@@ -148,3 +148,28 @@ def test_what_is_no_table_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "t.npy").write_bytes(content)
     with pytest.raises(BundleDamaged, match=r"t\.npy"):
         Embeddings(tmp_path, EmbeddingSettings("t.npy", None, None))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("decoder", "layers"), 5), (("decoder", "layers"), 1), (("decoder", "width"), 24),
+        (("decoder", "head_dim"), 6), (("decoder", "kv_heads"), 7), (("decoder", "vocab_size"), 9),
+        (("prompt", "tokens_per_image"), 4), (("image", "height"), 31), (("image", "width"), 31),
+    ],
+)  # fmt: skip
+def test_settings_that_contradict_the_engines_are_refused(
+    keys: tuple[str, str], value: int, copy: Path
+) -> None:
+    edit(copy, lambda data: data[keys[0]].update({keys[1]: value}))
+    with pytest.raises(BundleDamaged, match=r"manifest\.json: .* its settings say .*"):
+        Bundle(copy)
+
+
+def test_a_table_of_another_kind_is_refused(copy: Path) -> None:
+    """An int8 table read without its scales would give wrong embeddings in silence."""
+    edit(copy, lambda data: data["embeddings"].update({"scales": None, "block": None}))
+    with pytest.raises(
+        BundleDamaged, match=r"embeddings\.npy is int8 .*, not what its settings say"
+    ):
+        Bundle(copy).embeddings()

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from pictures import scene
-from PIL import Image
+from PIL import Image, ImageOps
+from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 
 from vlm_edge.errors import ImageTooLarge, ImageUnreadable
@@ -117,8 +118,11 @@ def test_equals_load_image(name: str, tmp_path: Path) -> None:
     assert same(decode(str(path)).image, wanted)
     assert from_path.digest == from_bytes.digest
     assert (from_path.name, from_bytes.name) == (str(path), "<bytes>")
-    with Image.open(path) as lazy:
-        assert same(decode(lazy).image, wanted)
+    with Image.open(path) as lazy, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = convert_to_rgb(ImageOps.exif_transpose(lazy))
+    with Image.open(path) as lazy:  # as a processor takes a Pillow image, turned upright
+        assert same(decode(lazy).image, given)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +130,13 @@ def test_equals_load_image(name: str, tmp_path: Path) -> None:
 )
 def test_pillow_images_of_any_mode(mode: str) -> None:
     image = Image.new(mode, (3, 2))
-    assert same(decode(image).image, load_image(image))
+    assert same(decode(image).image, convert_to_rgb(image))
+
+
+def test_transparent_parts_of_a_pillow_image_are_white() -> None:
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    assert np.asarray(decode(image).image).tolist() == [[[255, 255, 255], [10, 20, 30]]]
 
 
 def test_16_bits_are_cut_not_scaled() -> None:

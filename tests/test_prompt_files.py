@@ -242,10 +242,11 @@ def test_named_chat_templates(tmp_path: Path) -> None:
     [
         ({"eos_token_id": 7}, {"eos_token_id": 8}, (7,)),
         ({"eos_token_id": [7, 9, 7]}, {}, (7, 9)),
-        ({}, {"text_config": {"eos_token_id": 5}, "eos_token_id": 8}, (5,)),
-        ({"eos_token_id": None}, {"eos_token_id": [8]}, (8,)),
+        (None, {"text_config": {"eos_token_id": 5}, "eos_token_id": 8}, (8,)),
+        ({"eos_token_id": None}, {"eos_token_id": [8]}, ()),  # `generate` does not look further
+        ({"bos_token_id": 1}, {"text_config": {"eos_token_id": 5}}, ()),
         (None, {"text_config": {"eos_token_id": 5}}, (5,)),
-        (None, {}, (2,)),  # the tokenizer's </s>
+        (None, {}, ()),  # the tokenizer's </s> stops nothing
     ],
 )
 def test_eos(generation: Any, config: Any, eos: tuple[int, ...], tmp_path: Path) -> None:

@@ -106,9 +106,24 @@ def test_the_cases_differ_from_each_other() -> None:
 
 
 def test_dynamic_stretches_the_positions() -> None:
-    rope = read_rope(Config({"rope_parameters": CASES["dynamic"][0]}), 12, TRAINED)
-    assert rope.max_positions(TRAINED) == 2 * TRAINED
-    assert read_rope(Config({}), 12, TRAINED).max_positions(TRAINED) == TRAINED
+    assert reach(CASES["dynamic"][0]) == 2 * TRAINED
+    assert reach({}) == TRAINED
+
+
+def reach(parameters: dict[str, Any], positions: int = TRAINED) -> int:
+    return read_rope(Config({"rope_parameters": parameters}), 12, positions).max_positions
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_scaling_stretches_the_trained_length_once(kind: str) -> None:
+    """max_position_embeddings may be the trained length (Qwen2 with YaRN) or the stretched one
+    (Llama 3.1, whose original length is a key of its own)."""
+    values = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    values |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    assert reach(values, 64) == 256
+    if kind != "linear":
+        assert reach(values | {"original_max_position_embeddings": 64}, 64) == 256
+        assert reach(values | {"original_max_position_embeddings": 64}, 200) == 200
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if CASES[n][0].get("factor", 1) is not None])

@@ -81,7 +81,7 @@ def read(config: Config) -> DecoderConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
-        max_positions=rope.max_positions(positions),
+        max_positions=rope.max_positions,
         vocab_size=config.size("vocab_size", vocab),
         epsilon=config.number("rms_norm_eps", 1e-6),
         qkv_bias=bias or kind == "qwen2",

@@ -7,6 +7,7 @@ Sources: RoFormer (arXiv 2104.09864); the scalings as transformers' modeling_rop
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +38,7 @@ class Rope:
     inverse: np.ndarray
     scaling: float
     dynamic: tuple[float, int] | None
-
-    def max_positions(self, trained: int) -> int:
-        """How far positions may go; dynamic scaling stretches what was trained."""
-        return trained if self.dynamic is None else int(self.dynamic[0] * trained)
+    max_positions: int  # how far positions may go, scaling included
 
     def __call__(self, op: Any, positions: ir.Value) -> tuple[ir.Value, ir.Value]:
         """positions int64 [batch, s] -> cosines and sines [batch, s, head_dim / 2]."""
@@ -76,6 +74,7 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> Rope:
     new, old = config.sub("rope_parameters").values, config.sub("rope_scaling").values
     where = "rope_scaling" if old else "rope_parameters"  # transformers 5 prefers the old key
     values: dict[str, Any] = dict(old or new)
+    reach = _reach(values, max_positions)
     take = _Reader(values, config.name(where), max_positions)
     theta = take.number("rope_theta", config.number("rope_theta", 10000.0))
     kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
@@ -110,7 +109,16 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> Rope:
             raise UnsupportedConfig(
                 config.name(f"{where}.{key}"), value, f"unknown to RoPE type {kind}"
             )
-    return Rope(head_dim, theta, inverse.astype(np.float32), float(scaling), dynamic)
+    return Rope(head_dim, theta, inverse.astype(np.float32), float(scaling), dynamic, reach)
+
+
+def _reach(values: Mapping[str, Any], max_positions: int) -> int:
+    """Positions the scaled model is meant for. `max_position_embeddings` says it where it is more
+    than what was trained; where it is the trained length, scaling stretches it by its factor."""
+    factor, trained = values.get("factor"), values.get("original_max_position_embeddings")
+    if not isinstance(factor, (int, float)) or (trained is not None and trained < max_positions):
+        return max_positions
+    return max(max_positions, int(factor * max_positions))
 
 
 @dataclass

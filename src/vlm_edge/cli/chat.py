@@ -23,7 +23,7 @@ def converse(vlm: VLM, images: Sequence[str], system: str | None, settings: dict
     Exits with 1 at the end where a line of a script (stdin is no terminal) failed.
     """
     chat, waiting, failed = vlm.chat(system=system), list(images), False
-    if sys.stdin.isatty():
+    if _typed():
         click.echo(HELP, err=True)
     while (line := _read()) is not None:
         order, _, rest = line.partition(" ")
@@ -48,19 +48,25 @@ def converse(vlm: VLM, images: Sequence[str], system: str | None, settings: dict
                 click.echo(f"error: {error}", err=True)
                 failed = True
             except KeyboardInterrupt:
-                if not sys.stdin.isatty():
+                if not _typed():
                     raise
                 click.echo("\n(interrupted; the question is forgotten)", err=True)
             waiting = []
-    if failed and not sys.stdin.isatty():
+    if failed and not _typed():
         sys.exit(1)
+
+
+def _typed() -> bool:
+    """Whether a person types: a script's input may be a pipe, a file, or closed."""
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _read() -> str | None:
     """The next line without its surrounding blanks; None at the end of input."""
-    if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        return line.strip() if line else None
+    if not _typed():
+        line = sys.stdin.readline() if sys.stdin is not None else ""
+        # Bytes that are not UTF-8 come as lone surrogates, which no tokenizer takes.
+        return line.encode("utf-8", "replace").decode().strip() if line else None
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() editing and history, where it exists
     try:

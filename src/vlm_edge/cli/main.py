@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 
 import click
@@ -41,10 +42,16 @@ def main_export() -> None:
     _start(export, "vlm-export")
 
 
+def _leave(number: int, _: object) -> None:
+    sys.exit(128 + number)
+
+
 def _start(command: click.Command, name: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an answer may hold what the terminal cannot show
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        signal.signal(number, _leave)  # as an exception, so that nothing half-written stays behind
     try:
         command.main(prog_name=name)
     except KeyboardInterrupt:
