@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -113,8 +114,9 @@ class VLM:
         """
         begin = time.perf_counter()
         whole = isinstance(threads, int) and not isinstance(threads, bool)
-        if threads is not None and (not whole or threads < 1):
-            raise SettingError(f"threads = {threads!r}; it should be a whole number, at least 1")
+        most = 4 * (os.cpu_count() or 1)  # more only wait for each other
+        if threads is not None and (not whole or not 1 <= threads <= most):
+            raise SettingError(f"threads = {threads!r}; it should be a whole number from 1 to {most}")
         vlm = cls(Bundle(bundle, check), device, threads)
         vlm.load_s = time.perf_counter() - begin
         return vlm
