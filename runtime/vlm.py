@@ -116,7 +116,9 @@ class VLM:
         whole = isinstance(threads, int) and not isinstance(threads, bool)
         most = 4 * (os.cpu_count() or 1)  # more only wait for each other
         if threads is not None and (not whole or not 1 <= threads <= most):
-            raise SettingError(f"threads = {threads!r}; it should be a whole number from 1 to {most}")
+            raise SettingError(
+                f"threads = {threads!r}; it should be a whole number from 1 to {most}"
+            )
         vlm = cls(Bundle(bundle, check), device, threads)
         vlm.load_s = time.perf_counter() - begin
         return vlm
