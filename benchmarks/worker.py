@@ -76,13 +76,16 @@ class Subject:
         self.new_tokens = new_tokens
         self.prompt = prompt or QUESTION
         self.images: list[str | bytes] = [] if no_image else [image or picture()]
+        self.template = self.vlm.template is not None
+        if not self.template and self.images:  # verbatim: the text spells its image place itself
+            self.prompt = f"{self.vlm.manifest.prompt.image_token}\n{self.prompt}"
         if prompt_tokens is not None:
             self.prompt = fill(self.prompt, prompt_tokens, self._count)
 
     def facts(self) -> dict[str, Any]:
         """What the report says beside the figures."""
         manifest = self.vlm.manifest
-        built = self.vlm.build_prompt(self.prompt, self.images)
+        built = self.vlm.build_prompt(self.prompt, self.images, self.template)
         return {
             "load_s": self.vlm.load_s,
             "architecture": manifest.architecture,
@@ -96,7 +99,7 @@ class Subject:
         """One whole request with nothing remembered from the one before."""
         self.vlm.clear_image_cache()
         result = self.vlm.generate(
-            self.prompt, images=self.images, max_new_tokens=self.new_tokens, ignore_eos=True
+            self.prompt, self.images, self.template, max_new_tokens=self.new_tokens, ignore_eos=True
         )
         if len(result.token_ids) != self.new_tokens:
             found = len(result.token_ids)
@@ -115,7 +118,7 @@ class Subject:
         return sample
 
     def _count(self, prompt: str) -> int:
-        return len(self.vlm.build_prompt(prompt, self.images).token_ids)
+        return len(self.vlm.build_prompt(prompt, self.images, self.template).token_ids)
 
 
 def picture() -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from vlm_edge.benchmarks.table import number, table
 from vlm_edge.benchmarks.worker import picture
 from vlm_edge.cli.main import cli
 from vlm_edge.errors import SettingError, VlmEdgeError
+from vlm_edge.export.pipeline import export
 
 CASE = "clip-llama"
 QUICK = ("--runs", "3", "--warmup", "1", "--new-tokens", "4", "--threads", "1")
@@ -180,6 +182,16 @@ def test_bench_without_an_image(bundle: Callable[..., Path]) -> None:
     document = json.loads(result.stdout)
     check_figures(document, image=False)
     assert document["settings"]["visual_tokens"] == 0
+
+
+def test_bench_without_a_chat_template(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """The prompt is taken verbatim then, with the image's place in front."""
+    folder = shutil.copytree(checkpoint(CASE), tmp_path / "checkpoint")
+    (folder / "chat_template.jinja").unlink()
+    export(folder, tmp_path / "b")
+    document = json.loads(bench(tmp_path / "b", *QUICK, "--json", "-").stdout)
+    check_figures(document)
+    assert document["settings"]["visual_tokens"] > 0
 
 
 @pytest.mark.parametrize(
