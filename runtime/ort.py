@@ -44,7 +44,7 @@ def open_session(graph: Path, name: str, threads: int | None, frugal: bool = Fal
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     try:
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
+    except Exception as error:  # the library has an exception for each status
         raise EngineFailure(name, _first_line(error)) from error
 
 
@@ -72,7 +72,7 @@ class OrtEngine:
             raise EngineFailure(self._name, "it is closed")
         try:
             return dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-        except Exception as error:
+        except Exception as error:  # the library has an exception for each status
             raise EngineFailure(self._name, _first_line(error)) from error
 
     def close(self) -> None:
@@ -192,7 +192,7 @@ class _Step:
             self._masks[name][0, 0] = causal_mask(self._positions[0], capacity, window)
         try:
             self._session.run_with_iobinding(self._binding)
-        except Exception as error:
+        except Exception as error:  # the library has an exception for each status
             raise EngineFailure("llm", _first_line(error)) from error
 
     @property

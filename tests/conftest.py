@@ -5,7 +5,7 @@ torch and transformers are imported inside the fixtures: tests that need neither
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from tiny import build
 
 if TYPE_CHECKING:
     from reference import Reference
+
+    from vlm_edge import VLM
 
 
 class Cache(dict[Any, Any]):
@@ -76,3 +78,23 @@ def vlm(bundle: Callable[..., Path]) -> Callable[..., Any]:
     from vlm_edge import VLM
 
     return Cache(lambda *key: VLM.load(bundle(*key), device="cpu", threads=1))
+
+
+@pytest.fixture
+def model(bundle: Callable[..., Path]) -> Iterator[VLM]:
+    """clip-llama, loaded for one test: nothing in its caches."""
+    from vlm_edge import VLM
+
+    with VLM.load(bundle("clip-llama"), threads=1) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def shared(vlm: Callable[..., VLM]) -> VLM:
+    """clip-llama, for tests that leave no trace."""
+    return vlm("clip-llama")
+
+
+@pytest.fixture
+def picture(pictures: dict[str, Path]) -> Path:
+    return pictures["wide.png"]

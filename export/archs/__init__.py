@@ -27,7 +27,7 @@ def find(name: str) -> ModuleType:
         raise UnknownArchitecture(name, known())
     try:
         module = importlib.import_module(f"{__name__}.{name}")
-    except Exception as error:
+    except Exception as error:  # whatever a broken file raises
         raise BrokenArchitecture(name, f"{type(error).__name__}: {error}") from error
     missing = [value for value in REQUIRED if not hasattr(module, value)]
     if missing:

@@ -52,7 +52,7 @@ def _run(bundle: Bundle, engine: str, feeds: dict[str, np.ndarray]) -> dict[str,
         wanted = {spec.name for spec in session.get_inputs()}
         feeds = {name: value for name, value in feeds.items() if name in wanted}
         outputs = session.run(list(names), feeds)
-    except Exception as error:
+    except Exception as error:  # the library has an exception for each status
         raise EngineFailure(engine, str(error).splitlines()[0]) from error
     return dict(zip(names.values(), outputs, strict=True))
 

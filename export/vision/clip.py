@@ -11,7 +11,7 @@ from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
 from vlm_edge.export.layers.linear import LayerNorm, Linear
 from vlm_edge.export.quantizers import Quantizer
-from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, read_sizes
+from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, hidden_states, read_sizes
 
 MODEL_TYPES = ("clip_vision_model",)
 RENAMES = ((r"^vision_tower\.vision_model\.", "vision_tower."),)
@@ -47,10 +47,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, op: Any, pixels: ir.Value) -> list[ir.Value]:
-        states = [self.pre_layrnorm(op, self.embeddings(op, pixels))]
-        for layer in self.layers:
-            states.append(layer(op, states[-1]))
-        return states
+        return hidden_states(op, self.layers, self.pre_layrnorm(op, self.embeddings(op, pixels)))
 
 
 class Block(nn.Module):

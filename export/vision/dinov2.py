@@ -15,7 +15,7 @@ from vlm_edge.export.layers.interpolate import resize_positions
 from vlm_edge.export.layers.linear import LayerNorm, Linear, TensorLinear, parameter
 from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.export.vision.clip import MLP, SelfAttention
-from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, read_sizes
+from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, hidden_states, read_sizes
 
 MODEL_TYPES = ("dinov2",)
 # What save_pretrained writes, to names that CLIP's modules share.
@@ -65,10 +65,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, op: Any, pixels: ir.Value) -> list[ir.Value]:
-        states = [self.embeddings(op, pixels)]
-        for layer in self.layers:
-            states.append(layer(op, states[-1]))
-        return states
+        return hidden_states(op, self.layers, self.embeddings(op, pixels))
 
 
 def _positions(weights: Weights, settings: VisionSettings) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,3 +128,11 @@ class PatchEmbedding(nn.Module):
         if self._class_token:
             x = op.Pad(x, [0, 1, 0, 0, 0, 0])  # [tiles, 1 + patches, width]
         return op.Add(x, self.positions)
+
+
+def hidden_states(op: Any, layers: Iterable[nn.Module], first: ir.Value) -> list[ir.Value]:
+    """`first` and the output of each layer after it: transformers' `hidden_states`, in order."""
+    states = [first]
+    for layer in layers:
+        states.append(layer(op, states[-1]))
+    return states

@@ -11,7 +11,7 @@ from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
 from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.export.vision.clip import RENAMES, Block
-from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, read_sizes
+from vlm_edge.export.vision.patches import PatchEmbedding, VisionSettings, hidden_states, read_sizes
 
 MODEL_TYPES = ("siglip_vision_model",)
 __all__ = ["MODEL_TYPES", "RENAMES", "Encoder", "read"]
@@ -46,7 +46,4 @@ class Encoder(nn.Module):
         )
 
     def forward(self, op: Any, pixels: ir.Value) -> list[ir.Value]:
-        states = [self.embeddings(op, pixels)]
-        for layer in self.layers:
-            states.append(layer(op, states[-1]))
-        return states
+        return hidden_states(op, self.layers, self.embeddings(op, pixels))
