@@ -12,7 +12,7 @@ from typing import Any
 import vlm_edge
 from vlm_edge.calibration import data as calibration_data
 from vlm_edge.calibration.data import CalibrationSet
-from vlm_edge.errors import TemplateError, UnsupportedConfig
+from vlm_edge.errors import SettingError, TemplateError, UnsupportedConfig
 from vlm_edge.export import archs, graphs, static, weight_only, writer
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
@@ -102,6 +102,8 @@ def export(
         plan.check({part: model.parts[part].weight_only for part in model.parts})
         precisions = {n: plan.of(n, part.weight_only) for n, part in model.parts.items()}
         needed = any(_calibrates(part, precisions[n]) for n, part in model.parts.items())
+        if calibration_images is not None and not needed:
+            raise SettingError("calibration pictures were given, but no part's precision uses them")
         data = calibration_data.load(calibration_images) if needed else None
         for part in model.parts.values():
             part.build(Float())  # finds missing and misshapen tensors before the long steps

@@ -84,6 +84,7 @@ def build_prompt(
     if use_template:
         messages, found = _messages(prompt, given)
         _refuse_empty(_texts(messages), found)
+        _place(messages, len(found), settings.image_token)
         text = _render(messages, template, settings.image_token)
         bos = settings.special_tokens.get("bos_token")
         special = not (bos and text.startswith(bos))  # as apply_chat_template
@@ -173,6 +174,19 @@ def _messages(
         messages.append(message)
     # What no part took belongs to placeholders that the texts spell themselves; the count decides.
     return messages, images + waiting
+
+
+def _place(messages: list[dict[str, Any]], images: int, token: str) -> None:
+    """Images that no message has a place for come first in the first user message, as in a plain
+    text prompt; where there is any place at all, the count decides."""
+    parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
+    placed = any(p["type"] == "image" for p in parts) or any(token in t for t in _texts(messages))
+    asked = next((m for m in messages if m.get("role") == "user"), None)
+    if placed or asked is None or not images:
+        return
+    content = asked.get("content") or []
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    asked["content"] = [{"type": "image"}] * images + parts
 
 
 def _is_chat(prompt: Sequence[Any]) -> bool:

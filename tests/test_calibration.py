@@ -321,7 +321,8 @@ def test_only_what_is_quantized_is_calibrated(
     steps = set()
     report = export(
         checkpoint("clip-llama"), tmp_path / "b", precision=PrecisionPlan.parse(plan),
-        calibration_images=folder, progress=lambda step, *_: steps.add(step),
+        calibration_images=None if parts == {"llm"} else folder,
+        progress=lambda step, *_: steps.add(step),
     )  # fmt: skip
     manifest = read_manifest(tmp_path / "b")
     assert set(report.errors) == parts
@@ -335,3 +336,15 @@ def test_only_what_is_quantized_is_calibrated(
             report.errors["llm"]["weight_error"]["worst"]
             >= report.errors["llm"]["weight_error"]["mean"]
         )
+
+
+@pytest.mark.parametrize("plan", ["llm=int8", "llm=fp32"])
+def test_pictures_that_nothing_uses_are_refused(
+    plan: str, folder: Path, tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    with pytest.raises(SettingError, match="no part's precision uses them"):
+        export(
+            checkpoint("clip-llama"), tmp_path / "b", precision=PrecisionPlan.parse(plan),
+            calibration_images=folder,
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())

@@ -199,6 +199,16 @@ def test_a_picture_in_every_form(shared: VLM, picture: Path) -> None:
     assert greedy(shared, waiting, [picture]) == wanted
 
 
+def test_images_without_a_place_come_first(shared: VLM, picture: Path) -> None:
+    """Messages whose content is a plain text, as OpenAI's often is, with `images` beside them."""
+    expected = shared.build_prompt(QUESTION, [picture]).token_ids
+    messages = [{"role": "user", "content": QUESTION}]
+    assert shared.build_prompt(messages, [picture]).token_ids == expected
+    parts = [{"role": "user", "content": [{"type": "text", "text": QUESTION}]}]
+    assert shared.build_prompt(parts, [picture]).token_ids == expected
+    assert messages == [{"role": "user", "content": QUESTION}]  # the caller's own is left alone
+
+
 def test_without_the_template(shared: VLM, picture: Path, pictures: dict[str, Path]) -> None:
     other = pictures["tall.png"]
     verbatim = "first <image> then <image> and?"
