@@ -1,34 +1,4 @@
-"""What `vlm bench --json FILE` writes.
-
-    {
-      "schema": 1,
-      "bundle": {"name", "architecture", "producer", "precisions": {part: precision}},
-      "machine": {"name", "cpu", "cores", "memory_gb", "system", "arch"},
-      "versions": {"vlm-edge", "python", "numpy", "onnxruntime", ...},
-      "settings": {"image", "prompt_tokens", "visual_tokens", "new_tokens", "runs", "warmup",
-                   "threads", "device"},
-      "date": ISO 8601, UTC,
-
-      "load_s": 1.2,                  reading the bundle and starting its engines, once per process
-      "preprocess_ms": {"median", "p90", "p99"},      decoding, resizing and normalising the image
-      "vision_ms": {...}, "connector_ms": {...},      their engines
-      "prefill_ms": {...},                            the prompt, visual tokens included
-      "ttft_ms": {...},                               from the call to the first token
-      "prefill_tokens_per_s": {...},                  prompt tokens over prefill
-      "decode_tokens_per_s": {...},                   new tokens after the first, over decode
-      "peak_rss_mb": 512.3,           largest resident set of a process of its own, from its start
-      "bundle_mb": 210.4,             all files of the bundle
-
-      "against": {"bundle", "versions", the figures above},          only with --against
-      "ratios": {figure: {"median", "p90", "p99"} or number}         only with --against
-    }
-
-A figure without a value is null: the image's figures with --no-image. MB are 10^6 bytes. p90 and p99
-point to the slow end: of times the value that 90 % of the runs stayed below, of rates the value that
-90 % reached. Ratios divide the first bundle by the other, run by run, in one interleaved measurement:
-below 1 it is the quicker one in a time, above 1 in a rate. `date`, `machine` and `versions` say where
-figures are from: absolute ones hold for that machine and day only.
-"""
+"""What `vlm bench --json FILE` writes; docs/bench.md describes every key."""
 
 from __future__ import annotations
 

@@ -72,6 +72,11 @@ def test_ratios_are_paired_by_run() -> None:
     assert set(ratios) == set(FIGURES)
 
 
+def test_every_figure_is_documented() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "bench.md").read_text(encoding="utf-8")
+    assert [name for name in FIGURES if f"`{name}`" not in text] == []
+
+
 def test_a_report_alone_has_no_ratios() -> None:
     document = report((1.0, [10.0])).to_json()
     assert "against" not in document
