@@ -49,7 +49,7 @@ def main() -> None:
         subject.vlm.close()
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # all are told to the parent, known or not
         known = isinstance(error, (VlmEdgeError, OSError, ImportError, MemoryError))
         text = str(error) if known else f"unexpected {type(error).__name__}: {error}"
         answer(error=text, traceback=traceback.format_exc())

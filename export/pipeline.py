@@ -81,8 +81,9 @@ def export(
         output: the bundle's folder; an older bundle there is replaced once the new one is complete.
         arch: the architecture; None takes config.json's word.
         precision: by part; None is full precision everywhere.
-        calibration_images: a folder of pictures for static INT8; None takes the built-in ones.
-        calibration_method: "minmax", "percentile", or "auto": whichever errs less.
+        calibration_images: a folder of pictures, with prompts and texts if wanted
+            (`calibration.data`); None takes the built-in ones.
+        calibration_method: of static INT8 (`static.Method`); "auto" takes whichever errs least.
         progress: called with (step, done, total).
         revision: of a Hub repository.
 
@@ -101,15 +102,19 @@ def export(
         checkpoint, model, prompt = read_model(folder, arch)
         plan.check({part: model.parts[part].weight_only for part in model.parts})
         precisions = {n: plan.of(n, part.weight_only) for n, part in model.parts.items()}
-        needed = any(_calibrates(part, precisions[n]) for n, part in model.parts.items())
-        if calibration_images is not None and not needed:
+        calibrated = [n for n, part in model.parts.items() if _calibrates(part, precisions[n])]
+        if calibration_images is not None and not calibrated:
             raise SettingError("calibration pictures were given, but no part's precision uses them")
-        data = calibration_data.load(calibration_images) if needed else None
+        data = calibration_data.load(calibration_images) if calibrated else None
         for part in model.parts.values():
             part.build(Float())  # finds missing and misshapen tensors before the long steps
         tick("read checkpoint", 1, 1)
         with writer.new_folder(output) as temporary:
-            _write(temporary, checkpoint, model, prompt, name, precisions, data, tried, tick)
+            steps = _Steps(temporary, tick)
+            _write_texts(temporary, model, prompt)
+            if data is not None:
+                _write_calibrated(steps, model, prompt, calibrated, data, tried)
+            _write_rest(steps, checkpoint, model, prompt, name, precisions, data)
     manifest = read_manifest(output)
     return ExportReport(
         bundle=output,
@@ -128,16 +133,12 @@ def read_model(folder: Path, arch: str | None = None) -> tuple[Checkpoint, Model
     Raises:
         CheckpointError: the checkpoint cannot be exported.
     """
-    if arch is not None:
-        archs.find(arch)  # an unknown --arch is named before any file is
+    asked = None if arch is None else archs.find(arch)  # named before any file is
     model_type = read_json(folder / "config.json").get("model_type") if folder.is_dir() else None
-    if arch is not None and model_type is not None:
-        types = archs.find(arch).MODEL_TYPES
-        if model_type not in types:
-            raise UnsupportedConfig(
-                "model_type", model_type, f"--arch {arch} reads {', '.join(types)}"
-            )
-    name, module = (arch, archs.find(arch)) if arch is not None else archs.find_for(model_type)
+    name, module = archs.find_for(model_type) if arch is None or asked is None else (arch, asked)
+    if model_type is not None and model_type not in module.MODEL_TYPES:
+        types = ", ".join(module.MODEL_TYPES)
+        raise UnsupportedConfig("model_type", model_type, f"--arch {name} reads {types}")
     checkpoint = Checkpoint(folder, module.RENAMES)
     prompt = read_prompt_files(folder)
     if prompt.chat_template is not None:
@@ -190,23 +191,23 @@ class _Steps:
         self.entry(name, part, precision)
 
 
-def _write(
-    folder: Path,
+def _write_texts(folder: Path, model: Model, prompt: PromptFiles) -> None:
+    (folder / "tokenizer.json").write_text(prompt.tokenizer_json, encoding="utf-8")
+    if prompt.chat_template is not None and model.prompt.chat_template is not None:
+        (folder / model.prompt.chat_template).write_text(prompt.chat_template, encoding="utf-8")
+
+
+def _write_rest(
+    steps: _Steps,
     checkpoint: Checkpoint,
     model: Model,
     prompt: PromptFiles,
     name: str,
     precisions: dict[str, Precision],
     data: CalibrationSet | None,
-    tried: tuple[str, ...],
-    tick: Progress,
 ) -> None:
-    steps = _Steps(folder, tick)
-    (folder / "tokenizer.json").write_text(prompt.tokenizer_json, encoding="utf-8")
-    if prompt.chat_template is not None and model.prompt.chat_template is not None:
-        (folder / model.prompt.chat_template).write_text(prompt.chat_template, encoding="utf-8")
-    if data is not None:
-        _write_calibrated(steps, model, prompt, precisions, data, tried)
+    """The parts that no data sets, the token table, and the manifest over all files."""
+    folder, tick = steps.folder, steps.tick
     for part_name, part in model.parts.items():
         if part_name not in steps.engines:
             steps.write_plain(part_name, part, precisions[part_name])
@@ -235,13 +236,12 @@ def _write_calibrated(
     steps: _Steps,
     model: Model,
     prompt: PromptFiles,
-    precisions: dict[str, Precision],
+    calibrated: list[str],
     data: CalibrationSet,
     tried: tuple[str, ...],
 ) -> None:
     """Parts in pipeline order: each one's float outputs are the next one's inputs, whether or not it
     is quantized itself. The chain ends with the last part that has to be calibrated."""
-    calibrated = [n for n, part in model.parts.items() if _calibrates(part, precisions[n])]
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=steps.folder) as name_:
         scratch = Path(name_)
         inputs = static.pixels(data, model.image, scratch)

@@ -78,7 +78,7 @@ class Observer:
         return _Observed(self, path, weight)
 
     def note(self, op: Any, path: str, x: ir.Value) -> None:
-        first = next((path for seen, path in self._seen if seen is x), None)
+        first = next((known for seen, known in self._seen if seen is x), None)
         if first is None:
             first = path
             self._seen.append((x, path))

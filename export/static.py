@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,7 +18,6 @@ from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.calibration.ranges import STRENGTHS, Ranges, feature_error, magnitudes, migration
 from vlm_edge.errors import SettingError
 from vlm_edge.export import fold, graphs
-from vlm_edge.export.checkpoint import TensorRef
 from vlm_edge.export.lowering import cpu
 from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers import Observer, StaticInt8
@@ -71,16 +71,19 @@ class Floats:
         smoothing, ranges = {}, {}
         for first, paths in readers.items():
             channels = self.ranges.channels[first]
-            weights = np.max([_column_peaks(self.layers.weights[path]) for path in paths], axis=0)
+            weights = np.max([self._column_peaks[path] for path in paths], axis=0)
             scales = migration(channels, weights, STRENGTHS[method])
             for path in paths:
                 smoothing[path], ranges[path] = scales, float((channels / scales).max())
         return StaticInt8(ranges, smoothing)
 
-
-def _column_peaks(weight: TensorRef) -> np.ndarray:
-    """float32 [in]: the largest weight that reads each input, of `weight` [out, in]."""
-    return np.max([np.abs(rows).max(axis=0) for rows in weight.rows()], axis=0)
+    @cached_property
+    def _column_peaks(self) -> dict[str, np.ndarray]:
+        """float32 [in] of each layer: the largest weight that reads each input."""
+        return {
+            path: np.max([np.abs(rows).max(axis=0) for rows in weight.rows()], axis=0)
+            for path, weight in self.layers.weights.items()
+        }
 
 
 def pixels(data: CalibrationSet, settings: ImageSettings, scratch: Path) -> np.ndarray:

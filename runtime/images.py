@@ -109,9 +109,11 @@ def _upright(source: bytes | Image.Image, name: str, limits: ImageLimits) -> Ima
             image = Image.open(io.BytesIO(source)) if isinstance(source, bytes) else source
             _check_header(image, name, limits)
             upright = ImageOps.exif_transpose(image)  # decodes, and always copies
+            # transformers' processors paint a Pillow image's transparent parts white, though its
+            # load_image drops the alpha channel of a file: each kind is treated as it is there.
             transparent = "A" in upright.getbands() or upright.info.get("transparency") is not None
             if isinstance(source, Image.Image) and transparent:
-                return _on_white(upright)
+                return on_white(upright)
             return upright if upright.mode == "RGB" else upright.convert("RGB")
     except ImageError:
         raise
@@ -127,9 +129,8 @@ def _upright(source: bytes | Image.Image, name: str, limits: ImageLimits) -> Ima
         raise ImageUnreadable(name, f"its data is damaged or unsupported ({why})") from error
 
 
-def _on_white(image: Image.Image) -> Image.Image:
-    # transformers' processors paint a Pillow image's transparent parts white, though its load_image
-    # drops the alpha channel of a file: each kind of input is treated as it is there.
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB with the transparent parts painted white, as transformers' convert_to_rgb does it."""
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 

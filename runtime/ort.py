@@ -156,6 +156,7 @@ class _Step:
 
     def __init__(self, decoder: OrtDecoder, size: int, logits: np.ndarray) -> None:
         settings, capacity = decoder._settings, decoder.capacity
+        self._capacity = capacity
         self._session, self._windows = decoder._session, decoder._windows
         self.logits = logits
         self._embeds = np.empty((1, size, settings.width), np.float32)
@@ -184,17 +185,13 @@ class _Step:
 
     def run(self, embeds: np.ndarray, start: int) -> None:
         """Positions start, start + 1, ... through the graph; `embeds` float32 of `size` rows."""
-        size, capacity = self._positions.shape[1], self._capacity
+        size = self._positions.shape[1]
         self._embeds[0] = embeds
         self._positions[0] = np.arange(start, start + size)
         self._write[0] = start
         for name, window in self._windows.items():
-            self._masks[name][0, 0] = causal_mask(self._positions[0], capacity, window)
+            self._masks[name][0, 0] = causal_mask(self._positions[0], self._capacity, window)
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # the library has an exception for each status
             raise EngineFailure("llm", _first_line(error)) from error
-
-    @property
-    def _capacity(self) -> int:
-        return next(iter(self._masks.values())).shape[3]

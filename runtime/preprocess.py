@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlm_edge.errors import ImageTooLarge, ImageUnreadable, SettingError
-from vlm_edge.runtime.images import ImageLimits
+from vlm_edge.runtime.images import ImageLimits, on_white
 from vlm_edge.runtime.manifest import ImageSettings, Resize
 
 
@@ -52,8 +52,7 @@ def _opaque(image: Image.Image) -> Image.Image:
     # convert_to_rgb paints it white, though load_image has dropped any alpha channel unseen.
     if image.info.get("transparency") is None:
         return image
-    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    return on_white(image)
 
 
 def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

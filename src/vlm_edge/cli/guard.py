@@ -98,7 +98,7 @@ class Command(click.Command):
             ctx.exit(INTERRUPTED)
         except BrokenPipeError:
             raise  # click ends quietly: the reader has left
-        except Exception as error:
+        except Exception as error:  # the last stop before a traceback
             fail(ctx, error)
 
 
