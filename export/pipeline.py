@@ -13,9 +13,10 @@ import vlm_edge
 from vlm_edge.calibration import data as calibration_data
 from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.errors import SettingError, TemplateError, UnsupportedConfig
-from vlm_edge.export import archs, graphs, static, weight_only, writer
+from vlm_edge.export import archs, graphs, lowering, static, weight_only, writer
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
+from vlm_edge.export.lowering import Windows
 from vlm_edge.export.memory import PeakMemory
 from vlm_edge.export.model import Model, Part
 from vlm_edge.export.precision import PrecisionPlan
@@ -24,6 +25,7 @@ from vlm_edge.export.prompt_files import PromptFiles, read_prompt_files
 from vlm_edge.export.quantizers import Float, WeightOnly
 from vlm_edge.export.source import resolve
 from vlm_edge.export.static import Progress
+from vlm_edge.runtime.feeds import windows
 from vlm_edge.runtime.manifest import (
     FORMAT,
     NAME,
@@ -110,7 +112,7 @@ def export(
             part.build(Float())  # finds missing and misshapen tensors before the long steps
         tick("read checkpoint", 1, 1)
         with writer.new_folder(output) as temporary:
-            steps = _Steps(temporary, tick)
+            steps = _Steps(temporary, tick, windows(model.decoder))
             _write_texts(temporary, model, prompt)
             if data is not None:
                 _write_calibrated(steps, model, prompt, calibrated, data, tried)
@@ -157,15 +159,15 @@ class _Steps:
 
     folder: Path
     tick: Progress
+    windows: Windows
     engines: dict[str, EngineEntry] = field(default_factory=dict)
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def entry(self, name: str, part: Part, precision: Precision) -> None:
-        lowered = f"{name}.cpu.onnx"
         self.engines[name] = EngineEntry(
             precision=precision,
             graph=f"{name}.onnx",
-            lowered={"cpu": lowered} if (self.folder / lowered).is_file() else {},
+            lowered=lowering.lower(self.folder / f"{name}.onnx", self.windows),
             inputs=part.interface.inputs,
             outputs=part.interface.outputs,
         )

@@ -36,10 +36,12 @@ class Bundle:
     def file(self, name: str) -> Path:
         return self.path / name
 
-    def graph(self, engine: str, kind: str) -> Path:
-        """The graph of `engine` for engine kind `kind` ("cpu"): its lowering, or the portable one."""
+    def graph(self, engine: str, *kinds: str) -> Path:
+        """The graph of `engine` lowered for the first of `kinds` ("cpu-native", "cpu") that it was
+        lowered for; the portable one if for none."""
         entry = self.manifest.engines[engine]
-        return self.file(entry.lowered.get(kind, entry.graph))
+        lowered = [entry.lowered[kind] for kind in kinds if kind in entry.lowered]
+        return self.file(lowered[0] if lowered else entry.graph)
 
     def size(self) -> int:
         """Bytes of all files."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlm_edge.errors import EngineFailure, ExtraMissing
+from vlm_edge.runtime import native
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.feeds import causal_mask, windows
 
@@ -17,7 +18,6 @@ try:
 except ImportError as error:
     raise ExtraMissing("cpu", "onnxruntime", "running a bundle on the CPU") from error
 
-KIND = "cpu"
 CHUNK = 256  # positions prefilled at once: keeps attention scores and activations small
 STEP = 64  # positions the cache grows by at least
 
@@ -39,6 +39,9 @@ def open_session(graph: Path, name: str, threads: int | None, frugal: bool = Fal
     # Each session has threads of its own, which spin for a while after a run and would take the
     # processors from the next engine: prefill right after vision took twice as long.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    library = native.library()
+    if library is not None:
+        options.register_custom_ops_library(str(library))
     if frugal:
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
@@ -46,6 +49,12 @@ def open_session(graph: Path, name: str, threads: int | None, frugal: bool = Fal
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the library has an exception for each status
         raise EngineFailure(name, _first_line(error)) from error
+
+
+def graph_of(bundle: Bundle, name: str) -> Path:
+    """The graph of an engine that this machine runs fastest."""
+    kinds = ("cpu",) if native.library() is None else ("cpu-native", "cpu")
+    return bundle.graph(name, *kinds)
 
 
 def processors() -> int:
@@ -64,7 +73,7 @@ class OrtEngine:
 
     def __init__(self, bundle: Bundle, name: str, threads: int | None) -> None:
         self._name = name
-        self._session = open_session(bundle.graph(name, KIND), name, threads)
+        self._session = open_session(graph_of(bundle, name), name, threads)
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -89,9 +98,10 @@ class OrtDecoder:
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         settings = bundle.manifest.decoder
         self._settings = settings
-        self._session = open_session(bundle.graph("llm", KIND), "llm", threads)
-        inputs = {spec.name for spec in self._session.get_inputs()}
-        self._windows = {n: window for n, window in windows(settings).items() if n in inputs}
+        self._session = open_session(graph_of(bundle, "llm"), "llm", threads)
+        self._inputs = {spec.name for spec in self._session.get_inputs()}
+        masks = windows(settings).items()
+        self._windows = {name: window for name, window in masks if name in self._inputs}
         self._caches: dict[str, np.ndarray] = {
             f"{kind}.{layer}": self._empty(0)
             for layer in range(settings.layers)
@@ -175,8 +185,8 @@ class _Step:
             **self._masks,
         }
         self._alive = [feeds, logits, list(decoder._caches.values())]
-        for name, array in feeds.items():
-            self._binding.bind_ortvalue_input(name, value(array))
+        for name in feeds.keys() & decoder._inputs:
+            self._binding.bind_ortvalue_input(name, value(feeds[name]))
         self._binding.bind_ortvalue_output("logits", value(logits))
         for name, cache in decoder._caches.items():
             shared = value(cache)  # one value as past and present is what makes the update in place

@@ -139,8 +139,9 @@ def test_a_real_manifest_survives_the_round_trip(real: dict[str, Any], tmp_path:
     (tmp_path / NAME).write_text(manifest.dump(), encoding="utf-8")
     assert read_manifest(tmp_path) == manifest
     assert manifest.format == FORMAT
-    assert manifest.engines["vision"].lowered == {"cpu": "vision.cpu.onnx"}
-    assert manifest.engines["llm"].lowered == {}
+    kinds = {"cpu": "vision.cpu.onnx", "cpu-native": "vision.cpu-native.onnx"}
+    assert manifest.engines["vision"].lowered == kinds
+    assert manifest.engines["llm"].lowered == {"cpu-native": "llm.cpu-native.onnx"}
     assert manifest.parity is None
 
 

@@ -89,7 +89,8 @@ CASES: dict[str, Tiny] = {
         images={"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32},
                 "resample": 1}),
     "clip-mistral-window": Tiny(  # every query sees fewer keys than the prompt has
-        text="mistral", text_args=dict(num_key_value_heads=2, sliding_window=11), tokenizer="bytes"),
+        text="mistral", text_args=dict(num_attention_heads=6, num_key_value_heads=2,
+                                       sliding_window=11), tokenizer="bytes"),
     "clip-mistral-v4": Tiny(
         text="mistral", text_args=dict(hidden_size=40, num_attention_heads=5, num_key_value_heads=1,
                                        head_dim=10, sliding_window=None),

@@ -1,27 +1,40 @@
-"""For ONNX Runtime on a CPU: signed activations become unsigned ones, which its INT8 kernels want.
+"""For ONNX Runtime on a CPU: the operators its kernels are fast with, over the same weights.
 
-The portable graph quantizes activations to int8 with zero-point 0 (TensorRT's form). int8 q and uint8
-q + 128 with zero-point 128 stand for the same values, so nothing changes but the kernel that is used.
+- Activations: the portable graph quantizes them to int8 with zero-point 0 (TensorRT's form). int8 q
+  and uint8 q + 128 with zero-point 128 stand for the same values, and the kernels want the second.
+- Attention over a cache: GroupQueryAttention computes no masked score and does not care how much room
+  the cache has. It takes one sequence (batch 1) once the cache holds something.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
+from vlm_edge.export.lowering import attention
+from vlm_edge.export.lowering.attention import CachedAttention
+
+CONTRIB = "com.microsoft"
+HEAD_MULTIPLE = 8  # what the operator takes
 ZERO = "zero_point_128"
+Windows = Mapping[str, int | None]  # by mask input, the keys a query sees (None: all)
 
 
-def lower(portable: Path) -> str | None:
+def lower(portable: Path, windows: Windows | None = None) -> str | None:
     """Write the CPU graph beside the portable one, sharing its weights.
 
+    Args:
+        windows: `runtime.feeds.windows` of a language model.
+
     Returns:
-        The file's name; None where the portable graph quantizes no activation and is run as it is.
+        The file's name; None where nothing is to be changed and the portable graph is run as it is.
     """
     model = ir.load(portable)
-    if not shift_activations(model.graph):
+    changed = shift_activations(model.graph) + group_queries(model, windows or {})
+    if not changed:
         return None
     path = portable.with_name(f"{portable.stem}.cpu.onnx")
     ir.save(model, path)
@@ -47,3 +60,81 @@ def shift_activations(graph: ir.Graph) -> int:
         if old is not None and (producer := old.producer()) is not None and not old.uses():
             graph.remove(producer)
     return len(pairs)
+
+
+def group_queries(model: ir.Model, windows: Windows) -> int:
+    """Give every attention over a cache to GroupQueryAttention; how many there were."""
+    graph, lengths = model.graph, None
+    found = [
+        site
+        for site in attention.find(graph)
+        if site.mask in windows and site.head_dim % HEAD_MULTIPLE == 0
+    ]
+    for site in found:
+        if lengths is None:
+            lengths = _lengths(graph, site)
+        _group_queries(graph, site, lengths, windows[site.mask])
+    if found:
+        graph.opset_imports[CONTRIB] = 1
+        attention.clean(model)
+    return len(found)
+
+
+def _group_queries(
+    graph: ir.Graph,
+    site: CachedAttention,
+    lengths: tuple[ir.Value, ir.Value],
+    window: int | None,
+) -> None:
+    rotary = {"interleaved": site.interleaved, "rotary_embedding_dim": site.rotary_dim}
+    query, key = (
+        ir.node("RotaryEmbedding", [x, site.cos, site.sin], {**rotary, "num_heads": heads})
+        for x, heads in ((site.query, site.heads), (site.key, site.kv_heads))
+    )
+    grouped = ir.node(
+        "GroupQueryAttention",
+        [query.outputs[0], key.outputs[0], site.value, *site.past, *lengths],
+        {
+            "num_heads": site.heads,
+            "kv_num_heads": site.kv_heads,
+            "scale": site.scale,
+            "local_window_size": -1 if window is None else window,
+        },
+        domain=CONTRIB,
+        num_outputs=3,
+    )
+    where = site.output.producer()
+    assert where is not None
+    graph.insert_after(where, [query, key, grouped])
+    for old, new in zip((site.output, *site.present), grouped.outputs, strict=True):
+        attention.take_over(old, new)
+
+
+def _lengths(graph: ir.Graph, site: CachedAttention) -> tuple[ir.Value, ir.Value]:
+    """What the operator asks for: int32 [batch], positions before the last one, and int32 [], their
+    number."""
+    positions = next(value for value in graph.inputs if value.name == "positions")
+    one = ir.Value(
+        name="one",
+        shape=ir.Shape([]),
+        type=ir.TensorType(ir.DataType.INT32),
+        const_value=ir.Tensor(np.array(1, np.int32), name="one"),
+    )
+    graph.register_initializer(one)
+    last = ir.node("Gather", [positions, _minus_one(graph)], {"axis": 1})  # [batch]
+    before = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32})
+    longest = ir.node("ReduceMax", [before.outputs[0]], {"keepdims": 0})
+    total = ir.node("Add", [longest.outputs[0], one])
+    graph.insert_before(graph[0], [last, before, longest, total])
+    return before.outputs[0], total.outputs[0]
+
+
+def _minus_one(graph: ir.Graph) -> ir.Value:
+    value = ir.Value(
+        name="minus_one",
+        shape=ir.Shape([]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.Tensor(np.array(-1, np.int64), name="minus_one"),
+    )
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,156 @@
+"""For our own kernels (`native/`) inside ONNX Runtime, where they were built and the CPU has what they need.
+
+They read the portable graph's weights as they lie in its file, in prefill and in decode, and quantize
+activations by themselves, one scale a token: the portable graph's Q/DQ pairs on activations go.
+Attention is computed in bfloat16 products and float32 sums, so only graphs that are quantized anyway
+are lowered.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from vlm_edge.export.lowering import attention
+from vlm_edge.export.lowering.cpu import Windows
+
+DOMAIN = "vlm_edge"
+
+
+def lower(portable: Path, windows: Windows) -> str | None:
+    """Write the graph for our kernels beside the portable one, sharing its weights.
+
+    Returns:
+        The file's name; None where no linear layer is quantized.
+    """
+    model = ir.load(portable)
+    if not quantized_linears(model.graph):
+        return None
+    cached_attention(model.graph, windows)
+    plain_attention(model.graph)
+    model.graph.opset_imports[DOMAIN] = 1
+    attention.clean(model)
+    path = portable.with_name(f"{portable.stem}.cpu-native.onnx")
+    ir.save(model, path)
+    return path.name
+
+
+def quantized_linears(graph: ir.Graph) -> int:
+    """Give every product with a quantized weight to LinearInt8 or LinearInt4; how many there were."""
+    count = 0
+    for node in list(graph):
+        weight = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
+        if weight is None or weight.op_type != "DequantizeLinear":
+            continue
+        values, scale = weight.inputs[0], weight.inputs[1]
+        assert values is not None and scale is not None and node.inputs[0] is not None
+        kind = "LinearInt8"
+        if values.dtype == ir.DataType.INT4:
+            if values.shape is None or values.shape[1] % 2:  # type: ignore[operator]  # never symbolic
+                continue  # a row would begin in the middle of a byte
+            kind, values = "LinearInt4", _bytes_of(graph, values)
+        inputs, output = [_float(node.inputs[0]), values, scale], node.outputs[0]
+        added = _bias(output)
+        if added is not None:
+            output, bias = added
+            inputs.append(bias)
+        linear = ir.node(kind, inputs, domain=DOMAIN, name=node.name)
+        where = output.producer()
+        assert where is not None
+        graph.insert_after(where, linear)
+        attention.take_over(output, linear.outputs[0])
+        count += 1
+    return count
+
+
+def plain_attention(graph: ir.Graph) -> None:
+    """Give every Attention over [batch, s, heads * head_dim] without a mask to ours."""
+    for node in list(graph):
+        heads = node.attributes.get_int("q_num_heads", 0) if node.op_type == "Attention" else 0
+        if not heads or any(value is not None for value in node.inputs[3:]):
+            continue
+        attributes = {"num_heads": heads, "kv_num_heads": node.attributes.get_int("kv_num_heads", heads)}
+        scale = node.attributes.get_float("scale", None)
+        if scale is not None:
+            attributes["scale"] = scale  # type: ignore[assignment]  # 1 / sqrt(head_dim) otherwise
+        own = ir.node("Attention", node.inputs[:3], attributes, domain=DOMAIN, name=node.name)
+        graph.insert_after(node, own)
+        attention.take_over(node.outputs[0], own.outputs[0])
+
+
+def cached_attention(graph: ir.Graph, windows: Windows) -> None:
+    """Give rotation, cache update and attention of every layer to CachedAttention."""
+    for site in attention.find(graph):
+        if site.mask not in windows:
+            continue
+        own = ir.node(
+            "CachedAttention",
+            [site.query, site.key, site.value, site.cos, site.sin, *site.past, site.write_indices],
+            {
+                "num_heads": site.heads,
+                "kv_num_heads": site.kv_heads,
+                "scale": site.scale,
+                "window": windows[site.mask] or 0,
+                "interleaved": site.interleaved,
+                "rotary_dim": site.rotary_dim,
+            },
+            domain=DOMAIN,
+            num_outputs=3,
+        )
+        where = site.output.producer()
+        assert where is not None
+        graph.insert_after(where, own)
+        for old, new in zip((site.output, *site.present), own.outputs, strict=True):
+            attention.take_over(old, new)
+
+
+def _float(x: ir.Value) -> ir.Value:
+    """x before the Q/DQ pair it may come from."""
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        node = x.producer()
+        if node is None or node.op_type != kind or node.inputs[0] is None:
+            return x
+        x = node.inputs[0]
+    return x
+
+
+def _bias(product: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """The sum with a constant vector that is the product's only reader, and the vector."""
+    readers = list(product.consumers())
+    if len(readers) != 1 or readers[0].op_type != "Add":
+        return None
+    for other in readers[0].inputs:
+        if other is not None and other is not product and other.is_initializer():
+            if other.shape is not None and len(other.shape) == 1:
+                return readers[0].outputs[0], other
+    return None
+
+
+def _bytes_of(graph: ir.Graph, values: ir.Value) -> ir.Value:
+    """The INT4 initializer [in, out] as the bytes it is stored in, uint8 [in, out / 2]."""
+    name, tensor = f"{values.name}.bytes", values.const_value
+    if name in graph.initializers:
+        return graph.initializers[name]
+    assert tensor is not None and values.shape is not None
+    rows, columns = values.shape.numpy()
+    shape = ir.Shape([rows, columns // 2])
+    stored: ir.TensorProtocol
+    if isinstance(tensor, ir.ExternalTensor):
+        stored = ir.ExternalTensor(
+            tensor.location,
+            tensor.offset,
+            tensor.length,
+            ir.DataType.UINT8,
+            shape=shape,
+            name=name,
+            base_dir=tensor.base_dir,
+        )
+    else:
+        stored = ir.Tensor(np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape.numpy()), name=name)
+    value = ir.Value(
+        name=name, shape=shape, type=ir.TensorType(ir.DataType.UINT8), const_value=stored
+    )
+    graph.register_initializer(value)
+    return value
