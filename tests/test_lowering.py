@@ -11,11 +11,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 from small_graph import run
+from tiny import CASES
 
 from vlm_edge.export.lowering import cpu
 from vlm_edge.runtime.manifest import read_manifest
 
-CASES = ["clip-llama", "clip-llama-native", "siglip-qwen2", "dinov2-swiglu"]
+# What the operator takes in: the two dequantized sides, and the bias.
+PRODUCT = {"Constant", "DequantizeLinear", "MatMul", "MatMulIntegerToFloat", "Add"}
 
 
 def external_files(path: Path) -> set[str]:
@@ -62,41 +64,33 @@ def test_it_shares_the_weights_and_nothing_else_differs(
     assert [(v.name, v.dtype) for v in before.inputs] == [(v.name, v.dtype) for v in after.inputs]
     assert [v.name for v in before.outputs] == [v.name for v in after.outputs]
     kinds = [
-        [node.op_type for node in graph if node.op_type != "Constant"] for graph in (before, after)
+        [node.op_type for node in graph if node.op_type not in PRODUCT] for graph in (before, after)
     ]
     assert kinds[0] == kinds[1]
+    linears = sum(
+        node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer() for node in before
+    )
+    assert sum(node.op_type == "MatMulIntegerToFloat" for node in after) == linears > 0
 
 
 @pytest.mark.parametrize("part", ["vision", "connector"])
-def test_no_int8_activation_is_left(part: str, bundle: Callable[..., Path]) -> None:
-    folder = bundle("siglip-qwen2", "int8")
-    counts = []
-    for name, dtype in ((f"{part}.onnx", np.int8), (f"{part}.cpu.onnx", np.uint8)):
-        graph = ir.load(folder / name).graph
-        pairs = [node for node in graph if node.op_type == "QuantizeLinear"]
-        counts.append(len(pairs))
-        for node in pairs:
-            readers = [use.node for use in node.outputs[0].uses()]
-            assert readers
-            assert {reader.op_type for reader in readers} == {"DequantizeLinear"}
-            for each in (node, *readers):
-                zero = ir.convenience.get_const_tensor(each.inputs[2]).numpy()
-                assert zero.dtype == dtype
-                assert zero == (0 if dtype == np.int8 else 128)
-                assert each.inputs[1] is node.inputs[1]  # one scale
-    assert counts[0] == counts[1] > 0
-
-
-def test_weights_stay_int8_with_zero_point_0(bundle: Callable[..., Path]) -> None:
-    graph = ir.load(bundle("clip-llama", "int8") / "vision.cpu.onnx").graph
-    weights = [
-        node for node in graph
-        if node.op_type == "DequantizeLinear" and node.inputs[0].is_initializer()
-    ]  # fmt: skip
-    assert len(weights) == 2 * 6  # the layers up to the one selected, six linear layers each
-    for node in weights:
-        assert node.inputs[0].dtype == ir.DataType.INT8
-        assert len(node.inputs) == 2 or node.inputs[2] is None
+def test_activations_are_uint8_and_weights_int8(part: str, bundle: Callable[..., Path]) -> None:
+    graph = ir.load(bundle("siglip-qwen2", "int8") / f"{part}.cpu.onnx").graph
+    products = [node for node in graph if node.op_type == "MatMulIntegerToFloat"]
+    assert products
+    for node in products:
+        quantize = node.inputs[0].producer()
+        assert quantize.op_type == "QuantizeLinear"
+        zero = ir.convenience.get_const_tensor(node.inputs[4]).numpy()
+        assert zero.dtype == np.uint8
+        assert zero == 128
+        assert node.inputs[4] is quantize.inputs[2]
+        assert node.inputs[2] is quantize.inputs[1]  # one scale
+        assert node.inputs[1].dtype == ir.DataType.INT8
+        assert node.inputs[1].is_initializer()
+        assert node.inputs[5] is None  # the weights' zero-point is 0
+    readers = [len(node.inputs) == 7 for node in products]
+    assert all(readers)  # every layer of this case has a bias, and none is added apart
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])

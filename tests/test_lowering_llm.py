@@ -22,6 +22,7 @@ from vlm_edge.runtime.ort import open_session
 CASES = ["clip-llama", "clip-llama-v4", "clip-llama-native", "clip-llama-biases", "clip-mistral-window",
          "siglip-qwen2", "siglip-llama-yarn-v4", "clip-padded-square"]  # fmt: skip
 EXACT = 2e-5  # float32 sums in another order; logits are of order 3
+ROUNDING = 0.06  # relative; up to 0.04 through two layers that round the input of every product
 NATIVE = pytest.mark.skipif(native.library() is None, reason="our kernels were not built here")
 
 
@@ -44,7 +45,9 @@ def run(graph: Path, manifest: Manifest, length: int, room: int = 0) -> dict[str
     return dict(zip(names, found, strict=True))
 
 
-def pair(folder: Path, kind: str, *args: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def pair(
+    folder: Path, kind: str, *args: Any
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     manifest = read_manifest(folder)
     entry = manifest.engines["llm"]
     return tuple(run(folder / g, manifest, *args) for g in (entry.graph, entry.lowered[kind]))  # type: ignore[return-value]
@@ -86,18 +89,12 @@ def test_attention_is_grouped_and_no_mask_is_left(bundle: Callable[..., Path]) -
 def test_our_kernels_give_the_quantized_model(
     case: str, length: int, precision: str, bundle: Callable[..., Path]
 ) -> None:
-    """Both round activations to int8, in blocks or by token: what they differ in from each other is
-    no more than what each differs in from full precision, and mostly far less."""
-    folder = bundle(case, precision)
-    portable, lowered = pair(folder, "cpu-native", length, 7)
-    manifest = read_manifest(folder)
-    exact = run(bundle(case) / "llm.onnx", manifest, length, 7)
+    """Ours round activations to int8 by block, where ONNX Runtime may keep them in float: a graph that
+    reads another layer, weight or position is off by ten times the bound."""
+    portable, lowered = pair(bundle(case, precision), "cpu-native", length, 7)
     for name, expected in portable.items():
-        quantization = np.abs(exact[name] - expected).mean()
-        assert np.abs(lowered[name] - expected).mean() < quantization + 1e-4, name
-    assert np.abs(lowered["logits"] - exact["logits"]).mean() < 1.25 * np.abs(
-        portable["logits"] - exact["logits"]
-    ).mean() + 0.01
+        error = np.linalg.norm(lowered[name] - expected) / np.linalg.norm(expected)
+        assert error < ROUNDING, name
 
 
 @NATIVE

@@ -104,6 +104,18 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def bias_of(product: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """The sum with a constant vector that is the product's only reader, and the vector."""
+    readers = list(product.consumers())
+    if len(readers) != 1 or readers[0].op_type != "Add":
+        return None
+    for other in readers[0].inputs:
+        constant = other is not None and other is not product and other.is_initializer()
+        if constant and other.shape is not None and len(other.shape) == 1:
+            return readers[0].outputs[0], other
+    return None
+
+
 def _value(value: ir.Value | None) -> ir.Value:
     assert value is not None
     return value

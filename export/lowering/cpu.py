@@ -2,6 +2,8 @@
 
 - Activations: the portable graph quantizes them to int8 with zero-point 0 (TensorRT's form). int8 q
   and uint8 q + 128 with zero-point 128 stand for the same values, and the kernels want the second.
+- Their products: MatMulIntegerToFloat written out, which also takes the bias. ONNX Runtime would find
+  the operator by itself, but not the bias, and not where its MatMulAddFusion comes first.
 - Attention over a cache: GroupQueryAttention computes no masked score and does not care how much room
   the cache has. It takes one sequence (batch 1) once the cache holds something.
 """
@@ -33,7 +35,7 @@ def lower(portable: Path, windows: Windows | None = None) -> str | None:
         The file's name; None where nothing is to be changed and the portable graph is run as it is.
     """
     model = ir.load(portable)
-    changed = shift_activations(model.graph) + group_queries(model, windows or {})
+    changed = integer_products(model) + group_queries(model, windows or {})
     if not changed:
         return None
     path = portable.with_name(f"{portable.stem}.cpu.onnx")
@@ -60,6 +62,45 @@ def shift_activations(graph: ir.Graph) -> int:
         if old is not None and (producer := old.producer()) is not None and not old.uses():
             graph.remove(producer)
     return len(pairs)
+
+
+def integer_products(model: ir.Model) -> int:
+    """Shift all activations, and write out the product of each with its weight; how many pairs of
+    Q/DQ there were."""
+    graph = model.graph
+    pairs = shift_activations(graph)
+    for node in list(graph) if pairs else ():
+        sides = [_dequantized(value) for value in node.inputs] if node.op_type == "MatMul" else []
+        if len(sides) != 2 or sides[0] is None or sides[1] is None:
+            continue
+        (x, x_scale, x_zero), (weight, scale, _) = sides
+        inputs, output = [x, weight, x_scale, scale, x_zero, None], node.outputs[0]
+        added = attention.bias_of(output)
+        if added is not None:
+            output, bias = added
+            inputs.append(bias)
+        product = ir.node("MatMulIntegerToFloat", inputs, domain=CONTRIB, name=node.name)
+        where = output.producer()
+        assert where is not None
+        graph.insert_after(where, product)
+        attention.take_over(output, product.outputs[0])
+    if pairs:
+        graph.opset_imports[CONTRIB] = 1
+        attention.clean(model)
+    return pairs
+
+
+def _dequantized(
+    value: ir.Value | None,
+) -> tuple[ir.Value, ir.Value, ir.Value | None] | None:
+    """Values, scale and zero-point of the DequantizeLinear this comes from, if it has one scale or one
+    a column."""
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "DequantizeLinear" or "block_size" in node.attributes:
+        return None
+    values, scale, zero = (*node.inputs, None)[:3]
+    assert values is not None and scale is not None
+    return None if values.dtype == ir.DataType.INT4 else (values, scale, zero)
 
 
 def group_queries(model: ir.Model, windows: Windows) -> int:

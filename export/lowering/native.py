@@ -1,9 +1,9 @@
 """For our own kernels (`native/`) inside ONNX Runtime, where they were built and the CPU has what they need.
 
-They read the portable graph's weights as they lie in its file, in prefill and in decode, and quantize
-activations by themselves, one scale a token: the portable graph's Q/DQ pairs on activations go.
-Attention is computed in bfloat16 products and float32 sums, so only graphs that are quantized anyway
-are lowered.
+They read weights as they lie in the portable graph's file, in prefill and in decode alike, and quantize
+activations by themselves, block by block. Layers whose activations the graph quantizes are left to ONNX
+Runtime, which is faster there. Attention is computed in bfloat16 products and float32 sums, so only
+graphs that are quantized anyway are lowered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from vlm_edge.export.lowering import attention
-from vlm_edge.export.lowering.cpu import Windows
+from vlm_edge.export.lowering.cpu import Windows, integer_products
 
 DOMAIN = "vlm_edge"
 
@@ -26,7 +26,7 @@ def lower(portable: Path, windows: Windows) -> str | None:
         The file's name; None where no linear layer is quantized.
     """
     model = ir.load(portable)
-    if not quantized_linears(model.graph):
+    if not quantized_linears(model.graph) + integer_products(model):
         return None
     cached_attention(model.graph, windows)
     plain_attention(model.graph)
@@ -38,21 +38,25 @@ def lower(portable: Path, windows: Windows) -> str | None:
 
 
 def quantized_linears(graph: ir.Graph) -> int:
-    """Give every product with a quantized weight to LinearInt8 or LinearInt4; how many there were."""
+    """Give every product of float activations and a quantized weight to LinearInt8 or LinearInt4; how
+    many there were."""
     count = 0
     for node in list(graph):
         weight = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
         if weight is None or weight.op_type != "DequantizeLinear":
             continue
-        values, scale = weight.inputs[0], weight.inputs[1]
-        assert values is not None and scale is not None and node.inputs[0] is not None
+        x, values, scale = node.inputs[0], weight.inputs[0], weight.inputs[1]
+        assert x is not None and values is not None and scale is not None
+        maker = x.producer()
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            continue
         kind = "LinearInt8"
         if values.dtype == ir.DataType.INT4:
             if values.shape is None or values.shape[1] % 2:  # type: ignore[operator]  # never symbolic
                 continue  # a row would begin in the middle of a byte
             kind, values = "LinearInt4", _bytes_of(graph, values)
-        inputs, output = [_float(node.inputs[0]), values, scale], node.outputs[0]
-        added = _bias(output)
+        inputs, output = [x, values, scale], node.outputs[0]
+        added = attention.bias_of(output)
         if added is not None:
             output, bias = added
             inputs.append(bias)
@@ -71,7 +75,10 @@ def plain_attention(graph: ir.Graph) -> None:
         heads = node.attributes.get_int("q_num_heads", 0) if node.op_type == "Attention" else 0
         if not heads or any(value is not None for value in node.inputs[3:]):
             continue
-        attributes = {"num_heads": heads, "kv_num_heads": node.attributes.get_int("kv_num_heads", heads)}
+        attributes = {
+            "num_heads": heads,
+            "kv_num_heads": node.attributes.get_int("kv_num_heads", heads),
+        }
         scale = node.attributes.get_float("scale", None)
         if scale is not None:
             attributes["scale"] = scale  # type: ignore[assignment]  # 1 / sqrt(head_dim) otherwise
@@ -106,28 +113,6 @@ def cached_attention(graph: ir.Graph, windows: Windows) -> None:
             attention.take_over(old, new)
 
 
-def _float(x: ir.Value) -> ir.Value:
-    """x before the Q/DQ pair it may come from."""
-    for kind in ("DequantizeLinear", "QuantizeLinear"):
-        node = x.producer()
-        if node is None or node.op_type != kind or node.inputs[0] is None:
-            return x
-        x = node.inputs[0]
-    return x
-
-
-def _bias(product: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """The sum with a constant vector that is the product's only reader, and the vector."""
-    readers = list(product.consumers())
-    if len(readers) != 1 or readers[0].op_type != "Add":
-        return None
-    for other in readers[0].inputs:
-        if other is not None and other is not product and other.is_initializer():
-            if other.shape is not None and len(other.shape) == 1:
-                return readers[0].outputs[0], other
-    return None
-
-
 def _bytes_of(graph: ir.Graph, values: ir.Value) -> ir.Value:
     """The INT4 initializer [in, out] as the bytes it is stored in, uint8 [in, out / 2]."""
     name, tensor = f"{values.name}.bytes", values.const_value
@@ -148,7 +133,9 @@ def _bytes_of(graph: ir.Graph, values: ir.Value) -> ir.Value:
             base_dir=tensor.base_dir,
         )
     else:
-        stored = ir.Tensor(np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape.numpy()), name=name)
+        stored = ir.Tensor(
+            np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape.numpy()), name=name
+        )
     value = ir.Value(
         name=name, shape=shape, type=ir.TensorType(ir.DataType.UINT8), const_value=stored
     )
