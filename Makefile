@@ -25,7 +25,7 @@ types: $(VENV)/.ready
 	@cd .links/vlm_edge && ln -s $(addprefix ../../,benchmarks calibration export runtime training) .
 	$(VENV)/bin/mypy -p vlm_edge
 
-unit: $(VENV)/.ready
+unit: $(VENV)/.ready $(VENV)/.kernels
 	$(VENV)/bin/python -m pytest -q
 
 format: $(VENV)/.ready
@@ -33,11 +33,16 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff format .
 
 # torch first and alone: a range would take a newer build with several GB of CUDA packages.
-$(VENV)/.ready: pyproject.toml requirements/demo-parts.txt
+$(VENV)/.ready: pyproject.toml requirements/demo-parts.txt requirements/tensorrt-rtx.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP_INSTALL) torch==2.13.0
 	$(VENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
-	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/demo-parts.txt
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/demo-parts.txt -r requirements/tensorrt-rtx.txt
+	@touch $@
+
+# The editable install compiled them once; this does so again when they change.
+$(VENV)/.kernels: $(VENV)/.ready setup.py $(wildcard native/*)
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace
 	@touch $@
 
 $(DEMO)/.ready: pyproject.toml requirements/demo-parts.txt

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,10 +16,13 @@ from typing import Any
 
 import pytest
 
+from vlm_edge.runtime import native
+
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf")
 BUILT_FROM = ("benchmarks", "calibration", "export", "runtime", "src", "training")
 CASE = "clip-llama"
+KERNELS = sys.platform == "linux" and platform.machine() == "x86_64" and shutil.which("g++")
 
 
 def output(*command: str | Path, **settings: Any) -> str:
@@ -41,19 +46,32 @@ class Installed:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools packs whatever an earlier build left in build/."""
-    source = tmp_path_factory.mktemp("source")
-    for name in BUILT_FROM:
-        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
-        shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    output(*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
-    (built,) = folder.glob("*.whl")
-    return built
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """build(NAME=value, ...) -> a wheel, built with these environment variables.
+
+    Built from a copy: setuptools packs whatever an earlier build left in build/.
+    """
+
+    def make(**environment: str) -> Path:
+        source = tmp_path_factory.mktemp("source")
+        for name in (*BUILT_FROM, "native"):
+            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
+            shutil.copytree(ROOT / name, source / name, ignore=ignore)
+        for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, source / name)
+        folder = tmp_path_factory.mktemp("wheel")
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+        command = (*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, source)
+        output(*command, env={**os.environ, **environment})
+        (built,) = folder.glob("*.whl")
+        return built
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wheel(build: Callable[..., Path]) -> Path:
+    return build()
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +101,30 @@ def test_wheel_holds_the_packages_and_their_data(wheel: Path) -> None:
     assert {n.removeprefix("vlm_edge/") for n in names if "/demo_data/" in n} == data
     assert "vlm_edge/py.typed" in names
     assert any(n.endswith(".dist-info/licenses/LICENSE") for n in names)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "kind"),
+    [
+        ("", "py3-none-linux_x86_64"),
+        ("false", "py3-none-linux_x86_64"),  # it is there and fails, which is found out too late
+        ("no-such-compiler", "py3-none-any"),
+    ],
+)
+@pytest.mark.skipif(not KERNELS, reason="the kernels are for Linux on x86-64, with a C++ compiler")
+def test_kernels_are_in_the_wheel_where_they_compile(
+    compiler: str, kind: str, build: Callable[..., Path], wheel: Path
+) -> None:
+    built = build(CXX=compiler) if compiler else wheel
+    assert built.name.endswith(f"-{kind}.whl")
+    compiled = [n for n in zipfile.ZipFile(built).namelist() if n.endswith(".so")]
+    assert compiled == ([] if compiler else ["vlm_edge/runtime/_kernels.abi3.so"])
+
+
+@pytest.mark.skipif(native.library() is None, reason="our kernels do not run here")
+def test_installed_kernels_are_found(installed: Installed) -> None:
+    code = "from vlm_edge.runtime import native; print(native.library().name)"
+    assert installed.python(code).strip() == "_kernels.abi3.so"
 
 
 def test_environment_is_free_of_the_export_side(installed: Installed) -> None:
