@@ -1,7 +1,7 @@
 """What a model is calibrated on: pictures, questions about them and texts; the user's or the built-in.
 
-A folder holds pictures and, if wanted, `prompts.jsonl` ({"image": file name, "prompt": text} a line)
-and `texts.txt` (a text a line).
+A folder holds pictures and, if wanted, `prompts.jsonl` ({"image": file name, "prompt": text} a line, or
+{"images": [file names], "prompt": text}) and `texts.txt` (a text a line), both UTF-8.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ QUESTION = "Describe the image."  # for pictures without a prompt
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text, and the picture it is about (index into `CalibrationSet.paths`) if any."""
+    """A text, and the pictures it is about, in order (indices into `CalibrationSet.paths`)."""
 
-    picture: int | None
+    pictures: tuple[int, ...]
     text: str
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Paths of readable pictures, prompts, and the sha256 of all contents in order."""
+    """Paths of readable pictures, their (width, height) in pixels, prompts, and the sha256 of all
+    contents in order."""
 
     paths: tuple[Path, ...]
+    sizes: tuple[tuple[int, int], ...]
     prompts: tuple[Prompt, ...]
     sha256: str
 
@@ -54,63 +56,92 @@ def load(folder: Path | None) -> CalibrationSet:
     """The pictures of `folder` (not of folders below it) with its prompts, or the built-in ones.
 
     Raises:
-        CalibrationError: no such folder, fewer than FEWEST pictures, one that cannot be read, or a
-            prompt that names no picture of the folder.
+        CalibrationError: no such folder, one that cannot be read, fewer than FEWEST pictures, one that
+            cannot be read, or a prompt that names no picture of the folder.
     """
     if folder is None:
         with as_file(files("vlm_edge.export") / "demo_data" / "calibration") as built_in:
             return _read(built_in)
+    if folder.exists() and not folder.is_dir():
+        raise CalibrationError(
+            f"calibration takes a folder of pictures; {folder} is a file: give the folder it is in"
+        )
     if not folder.is_dir():
         raise CalibrationError(f"there is no calibration folder {folder}")
     return _read(folder)
 
 
 def _read(folder: Path) -> CalibrationSet:
-    every = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if len(every) < FEWEST:
-        raise CalibrationError(
-            f"calibration folder {folder} has {len(every)} picture(s); at least {FEWEST} are needed"
-        )
+    every = _pictures(folder)
     paths = every
     if len(every) > MOST:
         paths = [every[i * len(every) // MOST] for i in range(MOST)]
-    digest = hashlib.sha256()
+    digest, sizes = hashlib.sha256(), []
     for path in paths:
         try:
-            digest.update(bytes.fromhex(decode(path).digest))
+            decoded = decode(path)
         except ImageError as error:
-            raise CalibrationError(f"calibration picture unusable: {error}") from error
-    prompts = [*_questions(folder, paths, every), *(Prompt(None, text) for text in _texts(folder))]
+            raise CalibrationError(
+                f"calibration picture unusable: {error}; repair it or take it out"
+            ) from error
+        digest.update(bytes.fromhex(decoded.digest))
+        sizes.append(decoded.image.size)
+    prompts = [*_questions(folder, paths, every), *(Prompt((), text) for text in _texts(folder))]
     if len(prompts) < FEWEST:
         raise CalibrationError(
             f"calibration folder {folder} has {len(prompts)} prompt(s) in prompts.jsonl and texts.txt; "
             f"at least {FEWEST} are needed, or neither file"
         )
-    digest.update(json.dumps([[p.picture, p.text] for p in prompts]).encode())
-    return CalibrationSet(tuple(paths), tuple(prompts), digest.hexdigest())
+    digest.update(json.dumps([[p.pictures, p.text] for p in prompts]).encode())
+    return CalibrationSet(tuple(paths), tuple(sizes), tuple(prompts), digest.hexdigest())
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """The pictures of `folder` by name, FEWEST at least."""
+    try:
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+    except OSError as error:
+        raise CalibrationError(
+            f"calibration folder {folder} cannot be read: {error.strerror}"
+        ) from error
+    found = [path for path in files if path.suffix.lower() in SUFFIXES]
+    if not found:
+        what = f"{len(files)} file(s) but no picture" if files else "no file"
+        raise CalibrationError(
+            f"calibration folder {folder} has {what}; put at least {FEWEST} pictures there "
+            f"({' '.join(sorted(SUFFIXES))})"
+        )
+    if len(found) < FEWEST:
+        raise CalibrationError(
+            f"calibration folder {folder} has {len(found)} picture(s); at least {FEWEST} are needed"
+        )
+    return found
 
 
 def _questions(folder: Path, paths: list[Path], every: list[Path]) -> list[Prompt]:
     file = folder / "prompts.jsonl"
     if not file.is_file():
-        return [Prompt(index, QUESTION) for index in range(len(paths))]
+        return [Prompt((index,), QUESTION) for index in range(len(paths))]
     index = {path.name: i for i, path in enumerate(paths)}
     known = {path.name for path in every}
     prompts = []
     for number, line in enumerate(_lines(file), 1):
         try:
             entry: Any = json.loads(line)
-            name, text = entry["image"], entry["prompt"]
+            names = entry["images"] if "images" in entry else [entry["image"]]
+            text = entry["prompt"]
+            str(text).encode()  # half a surrogate pair is valid JSON and no text
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(
                 f'{file.name} line {number} is not {{"image": ..., "prompt": ...}}'
             ) from error
-        if name not in known or not isinstance(text, str) or not text.strip():
-            raise CalibrationError(
-                f"{file.name} line {number} names no picture of {folder}, or no text"
-            )
-        if name in index:  # a large folder is thinned out
-            prompts.append(Prompt(index[name], text))
+        pictures = names if isinstance(names, list) else []
+        if not pictures or not all(isinstance(n, str) and n in known for n in pictures):
+            raise CalibrationError(f"{file.name} line {number} names no picture of {folder}")
+        if not isinstance(text, str) or not text.strip():
+            raise CalibrationError(f"{file.name} line {number} has no text")
+        if all(name in index for name in pictures):  # a large folder is thinned out
+            prompts.append(Prompt(tuple(index[name] for name in pictures), text))
     return prompts
 
 
@@ -120,7 +151,10 @@ def _texts(folder: Path) -> list[str]:
 
 
 def _lines(file: Path) -> list[str]:
+    """Lines that are not empty; a byte order mark is no part of the first."""
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{file} cannot be read: {error}") from error
+        return [line for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{file} is not UTF-8 text; save it as UTF-8") from error
+    except OSError as error:
+        raise CalibrationError(f"{file} cannot be read: {error.strerror}") from error

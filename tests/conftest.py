@@ -31,6 +31,31 @@ class Cache(dict[Any, Any]):
         return self[key]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_layer_is_quantized() -> Iterator[None]:
+    """At these sizes INT8 is hardly faster, and random weights err more than trained ones: so that
+    tests of INT8 see the same on every machine, layers are called faster and the default budget is
+    large. Tests of the choice itself (test_mixed.py) set their own."""
+    from vlm_edge.export import layer_times, static
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_times, "measure", lambda *_: layer_times.Times(2.0, 1.0))
+        patch.setattr(static, "MAX_ERROR", 10.0)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def calibration_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], Path]:
+    """Each test has a calibration cache of its own: calibration_cache() -> its folder."""
+    from vlm_edge.calibration import cache
+
+    root = Cache(lambda: tmp_path_factory.mktemp("cache"))  # made when first asked for
+    monkeypatch.setattr(cache, "root", root)
+    return root
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Image files by name; see pictures.SIZES."""

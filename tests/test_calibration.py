@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pictures import scene
 from reference import Reference
-from small_graph import run, write
+from small_graph import run
 
 from vlm_edge.calibration import data as data_module
 from vlm_edge.calibration import ranges as ranges_module
 from vlm_edge.calibration.data import FEWEST, HOLD_OUT, MOST, load
-from vlm_edge.calibration.ranges import (
-    CHANNELS,
-    RANGE,
-    FeatureError,
-    Ranges,
-    feature_error,
-    magnitudes,
-    migration,
-)
+from vlm_edge.cli import export as cli_export
 from vlm_edge.errors import CalibrationError, SettingError
 from vlm_edge.export import static
 from vlm_edge.export.pipeline import export, read_model
@@ -73,6 +64,43 @@ def test_many_pictures_are_thinned_evenly(folder: Path, monkeypatch: pytest.Monk
     assert MOST >= FEWEST >= HOLD_OUT  # so that something is held out
 
 
+def test_prompts_name_one_picture_or_several(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    lines = [
+        {"image": "2.png", "prompt": "What is it?"},
+        {"images": ["1.png", "0.png"], "prompt": "Which is larger?"},
+        {"images": ["3.png"], "prompt": "And this?"},
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (copy / "prompts.jsonl").write_text(text, encoding="utf-8-sig")  # as some editors save it
+    (copy / "texts.txt").write_text("A text.\n\nAnother one.\n")
+    assert [prompt.pictures for prompt in load(copy).prompts] == [(2,), (1, 0), (3,), (), ()]
+    assert load(copy).sizes == tuple((40 + index, 35) for index in range(COUNT))
+    before = load(copy).sha256
+    (copy / "prompts.jsonl").write_text(text.replace('"1.png", "0.png"', '"0.png", "1.png"'))
+    assert load(copy).sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ('{"image": "0.png"}', "line 2 is not"), ("[]", "line 2 is not"), ("7", "line 2 is not"),
+        ('{"image": "0.png", "prompt": "\\ud800"}', "line 2 is not"),
+        ('{"image": "x.png", "prompt": "Hi"}', "line 2 names no picture"),
+        ('{"images": [], "prompt": "Hi"}', "line 2 names no picture"),
+        ('{"images": "0.png", "prompt": "Hi"}', "line 2 names no picture"),
+        ('{"images": [{}], "prompt": "Hi"}', "line 2 names no picture"),
+        ('{"image": "0.png", "prompt": " "}', "line 2 has no text"),
+        ('{"image": "0.png", "prompt": 3}', "line 2 has no text"),
+    ],
+)  # fmt: skip
+def test_a_wrong_prompt_is_named(line: str, why: str, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "prompts.jsonl").write_text('{"image": "0.png", "prompt": "Hi"}\n' + line + "\n")
+    with pytest.raises(CalibrationError, match=why):
+        load(copy)
+
+
 def test_the_built_in_pictures() -> None:
     found = load(None)
     assert len(found.paths) >= 16
@@ -82,7 +110,7 @@ def test_the_built_in_pictures() -> None:
 def test_unusable_folders_are_named(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="no calibration folder .*nowhere"):
         load(tmp_path / "nowhere")
-    with pytest.raises(CalibrationError, match=r"no calibration folder .*0\.png"):
+    with pytest.raises(CalibrationError, match=r"0\.png is a file: give the folder"):
         load(folder / "0.png")
     for index in range(FEWEST - 1):
         shutil.copy(folder / f"{index}.png", tmp_path)
@@ -93,68 +121,7 @@ def test_unusable_folders_are_named(folder: Path, tmp_path: Path) -> None:
         load(tmp_path)
 
 
-# -- ranges -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("percentile", [99.99, 99.0, 50.0])
-@pytest.mark.parametrize("shape", [(1, 1, 5), (2, 17, 31), (1, 300, 100)])
-def test_the_graph_keeps_the_largest_magnitudes(
-    shape: tuple[int, ...], percentile: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranges_module, "PERCENTILE", percentile)
-    path = write(
-        tmp_path / "g.onnx",
-        lambda op, x: [(kept := magnitudes(op, x["x"]))[RANGE], kept[CHANNELS]],
-        {"x": ("float32", ("a", "b", "c"))},
-        {"y": ("float32", ("n",)), "z": ("float32", ("c",))},
-    )
-    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    found, channels = run(path, {"x": values})
-    np.testing.assert_array_equal(channels, np.abs(values).max(axis=(0, 1)))
-    falling = np.sort(np.abs(values).ravel())[::-1]
-    np.testing.assert_array_equal(found, falling[: len(found)])
-    share = values.size * (1 - percentile / 100)
-    assert max(1, share - 0.01) <= len(found) <= share + 1.01
-
-
-def outputs(**values: list[float]) -> dict[str, np.ndarray]:
-    """Of layers with one input channel."""
-    largest = {RANGE + name: np.array(v, np.float32) for name, v in values.items()}
-    return largest | {CHANNELS + name: np.array(v[:1], np.float32) for name, v in values.items()}
-
-
-def test_ranges_over_pictures() -> None:
-    found = Ranges()
-    found.add({**outputs(a=[5, 3], b=[1, 0.5]), "features": np.array([99.0])})
-    found.add(outputs(a=[4, 3.5], b=[7, 0.25]))
-    assert found.minmax == {"a": 5.0, "b": 7.0}
-    assert found.percentile == {"a": 3.5, "b": 0.5}
-    found.share({"a": "a", "b": "b", "c": "b"})
-    assert found.minmax == {"a": 5.0, "b": 7.0, "c": 7.0}
-    assert found.percentile == {"a": 3.5, "b": 0.5, "c": 0.5}
-    assert {path: float(c[0]) for path, c in found.channels.items()} == {"a": 5, "b": 7, "c": 7}
-    for bad in (np.nan, np.inf):
-        with pytest.raises(CalibrationError, match="input of a is not finite"):
-            found.add(outputs(a=[bad]))
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
-def test_feature_error(pictures: int, tokens: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    exact = generator.standard_normal((pictures, 1, tokens, 5)).astype(np.float32)
-    other = exact + generator.normal(0, 0.2, exact.shape).astype(np.float32)
-    found = feature_error(zip(other, exact, strict=True))
-    a, b = exact.reshape(-1, 5).astype(float), other.reshape(-1, 5).astype(float)
-    cosines = [x @ y / np.linalg.norm(x) / np.linalg.norm(y) for x, y in zip(a, b, strict=True)]
-    assert found.cosine == pytest.approx(np.mean(cosines))
-    assert found.relative == pytest.approx(np.linalg.norm(a - b) / np.linalg.norm(a))
-
-
-def test_feature_error_of_nothing() -> None:
-    error = FeatureError()
-    error.add(np.zeros((1, 2, 3), np.float32), np.zeros((1, 2, 3), np.float32))
-    assert (error.cosine, error.relative) == (0.0, 0.0)
+# -- ranges -------------------------------------------------------------------------------------
 
 
 CONNECTED = {"vision": "vision_tower", "connector": "multi_modal_projector"}
@@ -196,7 +163,7 @@ def test_ranges_are_those_of_transformers_activations(
     for handle in handles:
         handle.remove()
     for name, root in CONNECTED.items():
-        found = floats[name].ranges.minmax
+        found = floats[name].ranges.limits["minmax"]
         assert found
         for path, value in found.items():
             assert path.startswith(root)
@@ -204,16 +171,7 @@ def test_ranges_are_those_of_transformers_activations(
             theirs_path = path.replace(".layers.", ".layer.") if "dinov2" in case else path
             assert value == pytest.approx(largest[theirs_path], rel=1e-4), path
     read = {path for path in largest if path.startswith("multi_modal_projector")}
-    assert set(floats["connector"].ranges.minmax) == read
-
-
-def test_migration_levels_the_channels() -> None:
-    channels = np.array([100, 1, 0.01, 0, 3], np.float32)
-    weights = np.array([0.1, 0.1, 2, 1, 0], np.float32)
-    scales = migration(channels, weights, 0.5)
-    np.testing.assert_allclose(scales[:3] ** 2, channels[:3] / weights[:3], rtol=1e-6)
-    assert list(scales[3:]) == [1, 1]  # never read, or never there: left alone
-    np.testing.assert_allclose(migration(channels, weights, 1.0)[:3], channels[:3], rtol=1e-6)
+    assert set(floats["connector"].ranges.limits["minmax"]) == read
 
 
 @pytest.mark.parametrize("case", ["clip-llama", "siglip-qwen2", "dinov2-swiglu"])
@@ -245,10 +203,38 @@ def test_smoothing_changes_nothing_but_the_rounding(
 
 
 def test_methods() -> None:
-    assert set(static.methods("auto")) == {"minmax", "percentile", "smooth-65", "smooth-80"}
-    assert static.methods("minmax") == ("minmax",)
-    with pytest.raises(SettingError, match="'entropy'; known are auto, minmax, percentile"):
-        static.methods("entropy")
+    known = get_args(static.Method)
+    assert set(known) == {"auto", *ranges_module.METHODS, *ranges_module.STRENGTHS}
+    assert known == cli_export.METHODS
+    assert {"minmax", "percentile", "mse", "smooth-65", "smooth-80"} == set(static.methods("auto"))
+    for method in known[1:]:
+        assert static.methods(method) == (method,)
+    with pytest.raises(SettingError, match="'median'; known are auto, minmax, average, percentile"):
+        static.methods("median")
+
+
+@pytest.mark.parametrize("method", ["average", "entropy", "mse"])
+def test_every_method_can_be_asked_for(
+    method: str, folder: Path, tmp_path: Path, checkpoint: Callable[[str], Path]
+) -> None:
+    """The scales in the graph are the method's ranges over 127."""
+    made = export_with(method, checkpoint("clip-llama"), folder, tmp_path / "b")
+    assert made.manifest.calibration["parts"]["vision"]["method"] == method
+    _, model, _ = read_model(checkpoint("clip-llama"))
+    data = load(folder)
+    pixels = static.pixels(data, model.image, tmp_path)
+    floats = static.run_float(
+        "vision", model.parts["vision"], pixels, data, tmp_path, lambda *_: None
+    )
+    limits = set(floats.ranges.limits[method].values())
+    assert limits != set(floats.ranges.limits["minmax"].values())
+    graph = ir.load(made.graph("vision", "cpu")).graph
+    scales = [
+        ir.convenience.get_const_tensor(node.inputs[1]).numpy()
+        for node in graph if node.op_type == "QuantizeLinear"
+    ]  # fmt: skip
+    assert scales
+    np.testing.assert_allclose(sorted({127 * float(s) for s in scales}), sorted(limits), rtol=1e-5)
 
 
 def export_with(method: str, checkpoint: Path, folder: Path, output: Path) -> Bundle:
@@ -321,13 +307,13 @@ def test_only_what_is_quantized_is_calibrated(
     steps = set()
     report = export(
         checkpoint("clip-llama"), tmp_path / "b", precision=PrecisionPlan.parse(plan),
-        calibration_images=None if parts == {"llm"} else folder,
-        progress=lambda step, *_: steps.add(step),
+        calibration_images=folder, progress=lambda step, *_: steps.add(step),
     )  # fmt: skip
     manifest = read_manifest(tmp_path / "b")
     assert set(report.errors) == parts
-    assert bool(manifest.calibration["data"]) == ("llm" not in parts)
-    assert ("calibrate vision" in steps) == (parts == {"connector"})  # its outputs are needed
+    assert manifest.calibration["data"]["pictures"] == COUNT
+    assert "calibrate vision" in steps  # its outputs are needed
+    assert ("write vision int8" in steps) == ("vision" in parts)
     assert sum(report.sizes.values()) == Bundle(tmp_path / "b").size()
     assert report.peak_rss_anon > 1 << 20
     if parts == {"llm"}:
@@ -338,7 +324,7 @@ def test_only_what_is_quantized_is_calibrated(
         )
 
 
-@pytest.mark.parametrize("plan", ["llm=int8", "llm=fp32"])
+@pytest.mark.parametrize("plan", ["vision=fp32", "llm=fp32"])
 def test_pictures_that_nothing_uses_are_refused(
     plan: str, folder: Path, tmp_path: Path, checkpoint: Callable[[str], Path]
 ) -> None:

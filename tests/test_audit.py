@@ -1,0 +1,182 @@
+"""The audit: what calibration exercised, and a warning for each path it never did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from click.testing import CliRunner
+from pictures import scene
+
+from vlm_edge.calibration import audit as audit_module
+from vlm_edge.calibration.audit import LONG, TILES, aspect_ratios, audit, audit_prompts
+from vlm_edge.calibration.data import CalibrationSet, Prompt, load
+from vlm_edge.cli.main import cli
+from vlm_edge.export.pipeline import export
+from vlm_edge.export.precision import PrecisionPlan
+from vlm_edge.runtime.manifest import Tiling, read_manifest
+
+PORTRAIT, SQUARE, LANDSCAPE, STRIP = (30, 40), (40, 40), (40, 30), (90, 40)
+SINGLE = Tiling("single")
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        assert not add_special_tokens
+        return [0] * len(text.split())
+
+
+def data(sizes: list[tuple[int, int]], prompts: list[Prompt] | None = None) -> CalibrationSet:
+    paths = tuple(Path(f"{i}.png") for i in range(len(sizes)))
+    return CalibrationSet(paths, tuple(sizes), tuple(prompts or []), "ab" * 32)
+
+
+def test_aspect_ratios() -> None:
+    found = aspect_ratios([PORTRAIT, SQUARE, LANDSCAPE, STRIP, (40, 81), (40, 80)])
+    assert found == {
+        "portrait": 3, "square": 1, "landscape": 2, "extreme": 2,
+        "narrowest": round(40 / 81, 3), "widest": 2.25,
+    }  # fmt: skip
+
+
+def test_only_what_sets_ranges_counts() -> None:
+    """The fourth picture is held out: it exercises nothing."""
+    facts, warnings = audit(data([PORTRAIT, SQUARE, PORTRAIT, LANDSCAPE]), SINGLE)
+    assert facts["pictures"] == 4
+    assert facts["held_out"] == 1
+    assert facts["aspect_ratios"]["landscape"] == 0
+    assert facts["tiles"] == {"1": 3}
+    assert warnings == ["calibration had no landscape picture"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lacking"),
+    [
+        ([PORTRAIT, LANDSCAPE], []),
+        ([LANDSCAPE, SQUARE], ["no portrait picture"]),
+        ([SQUARE, SQUARE], ["no portrait picture", "no landscape picture"]),
+    ],
+)
+def test_shapes_never_seen(sizes: list[tuple[int, int]], lacking: list[str]) -> None:
+    _, warnings = audit(data(sizes), SINGLE)
+    assert warnings == [f"calibration had {what}" for what in lacking]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tiles", "lacking"),
+    [
+        ([PORTRAIT, LANDSCAPE, STRIP], {"1": 2, "3": 1}, []),
+        ([PORTRAIT, LANDSCAPE], {"1": 2}, ["no picture beyond 1:2 or 2:1", "no picture of several tiles"]),
+        ([(30, 90), STRIP], {"3": 2}, ["no picture of one tile"]),
+    ],
+)  # fmt: skip
+def test_tilings_never_seen(
+    sizes: list[tuple[int, int]], tiles: dict[str, int], lacking: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A kind of tiling that makes three tiles of a strip."""
+    strips: Any = lambda width, height: 3 if max(width, height) > 2 * min(width, height) else 1  # noqa: E731
+    monkeypatch.setattr(audit_module, "TILES", {**TILES, "strips": strips})
+    facts, warnings = audit(data(sizes), Tiling("strips"))  # type: ignore[arg-type]
+    assert facts["tiles"] == tiles
+    assert warnings == [f"calibration had {what}" for what in lacking]
+
+
+def test_every_kind_of_tiling_is_known() -> None:
+    assert set(get_args(get_type_hints(Tiling)["kind"])) == set(TILES)
+
+
+LONG_TEXT = Prompt((), "word " * LONG)
+ONE, TWO, TEXT = Prompt((0,), "What is it?"), Prompt((0, 1), "Which one?"), Prompt((), "A text.")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "lacking"),
+    [
+        ([ONE, TWO, LONG_TEXT], []),
+        ([TWO, LONG_TEXT], []),
+        ([ONE, TWO, TEXT], ["no text of 128 tokens or more; the longest has 3"]),
+        ([ONE, LONG_TEXT], ["no prompt with several pictures"]),
+        ([TEXT, LONG_TEXT], ["no prompt with a picture"]),
+        ([ONE, TWO], ["no text without a picture", "no text of 128 tokens"]),
+    ],
+)
+def test_prompts_never_seen(prompts: list[Prompt], lacking: list[str]) -> None:
+    facts, warnings = audit_prompts(prompts, Words())  # type: ignore[arg-type]
+    assert len(warnings) == len(lacking)
+    for warning, what in zip(warnings, lacking, strict=True):
+        assert warning.startswith(f"calibration had {what}")
+    assert facts["prompt_pictures"] == {
+        "none": sum(not p.pictures for p in prompts),
+        "one": prompts.count(ONE),
+        "several": prompts.count(TWO),
+    }
+
+
+def test_text_lengths() -> None:
+    prompts = [Prompt((), "a b c"), Prompt((), "a"), Prompt((), "a b c d e f")]
+    facts, _ = audit_prompts(prompts, Words())  # type: ignore[arg-type]
+    assert facts["text_tokens"] == {"min": 1, "median": 3, "max": 6}
+
+
+def test_the_built_in_pictures_have_every_shape() -> None:
+    facts, warnings = audit(load(None), SINGLE)
+    assert warnings == []
+    assert min(facts["aspect_ratios"][s] for s in ("portrait", "square", "landscape")) >= 2
+
+
+def test_warnings_are_stored_and_said(
+    checkpoint: Callable[[str], Path], tmp_path: Path, bundle: Callable[..., Path]
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for index in range(5):
+        scene(40, 35, index).save(folder / f"{index}.png")
+    said = "warning: calibration had no portrait picture"
+    output = tmp_path / "b"
+    result = CliRunner().invoke(
+        cli,
+        ["export", str(checkpoint("clip-llama")), "--int4", "--calibration", str(folder), "-o", str(output)],
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert said in result.stderr.splitlines()
+    stored = read_manifest(output).calibration
+    assert stored is not None
+    printed = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert [f"warning: {warning}" for warning in stored["warnings"]] == printed
+    assert stored["data"]["aspect_ratios"]["landscape"] == 4
+    assert stored["data"]["prompt_pictures"] == {"none": 0, "one": 4, "several": 0}
+    assert stored["data"]["text_tokens"]["max"] > 0
+    assert any("no text without a picture" in line for line in printed)
+    shown = CliRunner().invoke(cli, ["info", str(output)])
+    assert said in shown.stdout
+    facts = json.loads(CliRunner().invoke(cli, ["info", str(output), "--json"]).stdout)
+    assert facts["warnings"] == stored["warnings"]
+    plain = CliRunner().invoke(cli, ["info", str(bundle("clip-llama"))])
+    assert "warning" not in plain.output
+
+
+def test_prompts_count_where_a_language_model_reads_them(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """INT8 reads fewer of them than INT4, a connector none; the held-out ones count nowhere."""
+    counts = {}
+    for plan in ("connector=int8", "llm=int8", "llm=int4"):
+        report = export(
+            checkpoint("clip-llama"), tmp_path / plan, precision=PrecisionPlan.parse(plan)
+        )
+        stored = read_manifest(tmp_path / plan).calibration
+        assert stored is not None
+        assert report.warnings == stored["warnings"]
+        counts[plan] = sum(stored["data"].get("prompt_pictures", {}).values())
+        # The built-in set has no prompt on two pictures.
+        assert any("several pictures" in w for w in report.warnings) == (counts[plan] > 0)
+    built_in = load(None)
+    assert counts["connector=int8"] == 0
+    assert 0 < counts["llm=int8"] < counts["llm=int4"]
+    assert counts["llm=int4"] == len(built_in.prompts) - len(built_in.held_out_prompts)
