@@ -14,7 +14,11 @@ from vlm_edge.runtime.manifest import TensorSpec
 
 OPSET = 24  # TensorScatter and Attention with an external cache
 IR_VERSION = 11
-DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "int8": ir.DataType.INT8,
+    "int64": ir.DataType.INT64,
+}
 # Small tensors stay in the graph file, where optimisers see them as constants at once.
 INLINE_BYTES = 1024
 

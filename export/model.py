@@ -14,6 +14,23 @@ from vlm_edge.runtime.manifest import DecoderSettings, ImageSettings, PromptSett
 
 
 @dataclass(frozen=True)
+class Layers:
+    """A decoder's layers as graphs of their own, for what needs one at a time (`export/layerwise.py`).
+
+    Attributes:
+        count: how many there are.
+        build: layer `index` with a given quantizer. Its inputs are those of the whole graph with the
+            layer's own in the place of `inputs_embeds` and the caches of layer 0, in float32; `output` is
+            the next layer's input. Linear layers have the same paths as in the whole graph.
+        build_head: what follows the last layer: `inputs_embeds` and `logit_positions` to `logits`.
+    """
+
+    count: int
+    build: Callable[[int, Quantizer], ir.Model]
+    build_head: Callable[[Quantizer], ir.Model]
+
+
+@dataclass(frozen=True)
 class Part:
     """One engine.
 
@@ -22,12 +39,14 @@ class Part:
         build: the portable graph, its linear layers stored as the quantizer wants.
         weight_only: INT8 means weight-only here (language models); else static W8A8.
         keep8: linear layers that stay at 8 bits under INT4.
+        layers: the layers one by one; every part that is weight-only has them.
     """
 
     interface: Interface
     build: Callable[[Quantizer], ir.Model]
     weight_only: bool = False
     keep8: frozenset[str] = frozenset()
+    layers: Layers | None = None
 
 
 @dataclass(frozen=True)

@@ -7,28 +7,30 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import vlm_edge
 from vlm_edge.calibration import data as calibration_data
+from vlm_edge.calibration.audit import audit, audit_prompts
 from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.errors import SettingError, TemplateError, UnsupportedConfig
-from vlm_edge.export import archs, graphs, lowering, static, weight_only, writer
+from vlm_edge.export import archs, graphs, lowering, mixed, static, w8a8, weight_only, writer
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
-from vlm_edge.export.lowering import Windows
+from vlm_edge.export.lowering.cpu import Windows
 from vlm_edge.export.memory import PeakMemory
 from vlm_edge.export.model import Model, Part
-from vlm_edge.export.precision import PrecisionPlan
+from vlm_edge.export.precision import Budgets, PrecisionPlan
 from vlm_edge.export.processor import read_processor
 from vlm_edge.export.prompt_files import PromptFiles, read_prompt_files
-from vlm_edge.export.quantizers import Float, WeightOnly
+from vlm_edge.export.quantizers import Float
 from vlm_edge.export.source import resolve
 from vlm_edge.export.static import Progress
 from vlm_edge.runtime.feeds import windows
 from vlm_edge.runtime.manifest import (
     FORMAT,
     NAME,
+    CacheDtype,
     EngineEntry,
     GenerationSettings,
     Manifest,
@@ -37,8 +39,12 @@ from vlm_edge.runtime.manifest import (
     read_manifest,
 )
 from vlm_edge.runtime.template import ChatTemplate
+from vlm_edge.runtime.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+LANGUAGE = {
+    "int4": weight_only.write_int4, "int8": weight_only.write_int8, "w8a8": w8a8.write_w8a8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,12 +55,14 @@ class ExportReport:
         bundle: its folder.
         architecture: as in the manifest.
         seconds: wall time.
-        precisions: by part.
+        precisions: by part; fp32 where no layer was worth quantizing.
         sizes: bytes by part, and "embeddings", "other".
         errors: by quantized part; `cosine` and `relative_error` of its features on held-out
             pictures; of a language model in INT8 `weight_error`, the relative error of its layers
-            (mean and worst), in INT4 `kl` and `top1_agreement` on held-out prompts.
+            (mean and worst), in INT4 `kl` and `top1_agreement` on held-out prompts. `layers`, where
+            precisions are mixed by measurement, is `mixed.Study.report`.
         peak_rss_anon: bytes, once the source was there; 0 where the system does not say.
+        warnings: a sentence for each path that calibration never exercised.
     """
 
     bundle: Path
@@ -64,6 +72,7 @@ class ExportReport:
     sizes: dict[str, int]
     errors: dict[str, dict[str, Any]]
     peak_rss_anon: int
+    warnings: list[str]
 
 
 def export(
@@ -75,6 +84,8 @@ def export(
     calibration_method: str = "auto",
     progress: Progress | None = None,
     revision: str | None = None,
+    budgets: Budgets | None = None,
+    cache_dtype: CacheDtype = "float32",
 ) -> ExportReport:
     """Export a checkpoint.
 
@@ -88,25 +99,31 @@ def export(
         calibration_method: of static INT8 (`static.Method`); "auto" takes whichever errs least.
         progress: called with (step, done, total).
         revision: of a Hub repository.
+        budgets: how far quantization may move the outputs; None is each part's default.
+        cache_dtype: of the language model's keys and values; int8 takes a quarter of the memory.
 
     Raises:
         CheckpointError, BundleExists, CalibrationError, SettingError.
     """
     begin = time.perf_counter()
     tick: Progress = progress or (lambda step, done, total: None)
-    plan = precision or PrecisionPlan()
+    plan, budgets = precision or PrecisionPlan(), budgets or Budgets()
+    if cache_dtype not in get_args(CacheDtype):
+        kinds = " or ".join(get_args(CacheDtype))
+        raise SettingError(f"cache_dtype = {cache_dtype!r}; it should be {kinds}")
     tried = static.methods(calibration_method)
     output = Path(output)
     writer.check_output(output)
     tick("read checkpoint", 0, 1)
     folder, name = resolve(source, revision)
     with PeakMemory() as memory:
-        checkpoint, model, prompt = read_model(folder, arch)
+        checkpoint, model, prompt = read_model(folder, arch, cache_dtype)
         plan.check({part: model.parts[part].weight_only for part in model.parts})
         precisions = {n: plan.of(n, part.weight_only) for n, part in model.parts.items()}
-        calibrated = [n for n, part in model.parts.items() if _calibrates(part, precisions[n])]
+        calibrated = [name for name, precision in precisions.items() if precision != "fp32"]
         if calibration_images is not None and not calibrated:
             raise SettingError("calibration pictures were given, but no part's precision uses them")
+        budgets.check({n: (p, model.parts[n].weight_only) for n, p in precisions.items()})
         data = calibration_data.load(calibration_images) if calibrated else None
         for part in model.parts.values():
             part.build(Float())  # finds missing and misshapen tensors before the long steps
@@ -114,22 +131,28 @@ def export(
         with writer.new_folder(output) as temporary:
             steps = _Steps(temporary, tick, windows(model.decoder))
             _write_texts(temporary, model, prompt)
+            audited = _audit(temporary, model, calibrated, precisions, data)
             if data is not None:
-                _write_calibrated(steps, model, prompt, calibrated, data, tried)
-            _write_rest(steps, checkpoint, model, prompt, name, precisions, data)
+                _write_calibrated(
+                    steps, model, prompt, calibrated, precisions, data, tried, budgets
+                )
+            _write_rest(steps, checkpoint, model, prompt, name, precisions, audited)
     manifest = read_manifest(output)
     return ExportReport(
         bundle=output,
         architecture=model.architecture,
         seconds=time.perf_counter() - begin,
-        precisions=precisions,
+        precisions={n: engine.precision for n, engine in manifest.engines.items()},
         sizes=part_sizes(manifest),
         errors=(manifest.calibration or {}).get("parts", {}),
         peak_rss_anon=memory.peak,
+        warnings=(manifest.calibration or {}).get("warnings", []),
     )
 
 
-def read_model(folder: Path, arch: str | None = None) -> tuple[Checkpoint, Model, PromptFiles]:
+def read_model(
+    folder: Path, arch: str | None = None, cache_dtype: CacheDtype = "float32"
+) -> tuple[Checkpoint, Model, PromptFiles]:
     """Everything an export needs to know of a checkpoint; writes nothing.
 
     Raises:
@@ -148,7 +171,7 @@ def read_model(folder: Path, arch: str | None = None) -> tuple[Checkpoint, Model
             ChatTemplate(prompt.chat_template, prompt.special_tokens)
         except TemplateError as error:
             raise UnsupportedConfig("chat_template", "...", str(error)) from error
-    model = module.read(checkpoint, read_processor(folder), prompt)
+    model = module.read(checkpoint, read_processor(folder), prompt, cache_dtype)
     log.debug("%s: %s with parts %s", folder.name, name, ", ".join(model.parts))
     return checkpoint, model, prompt
 
@@ -172,25 +195,13 @@ class _Steps:
             outputs=part.interface.outputs,
         )
 
-    def write_plain(self, name: str, part: Part, precision: Precision) -> None:
-        """Full precision, or weights rounded to nearest."""
-        quantizer: Float | WeightOnly = Float()
-        if precision == "int8":
-            quantizer = WeightOnly(8, weight_only.BLOCK8)
-        elif precision == "int4":
-            quantizer = WeightOnly(4, weight_only.BLOCK, part.keep8, block8=weight_only.BLOCK8)
+    def write_float(self, name: str, part: Part) -> None:
         graphs.save(
-            part.build(quantizer),
+            part.build(Float()),
             self.folder / f"{name}.onnx",
-            lambda done, of: self.tick(f"write {name} {precision}", done, of),
+            lambda done, of: self.tick(f"write {name} fp32", done, of),
         )
-        if isinstance(quantizer, WeightOnly):
-            errors = list(quantizer.errors.values())
-            self.errors[name] = {
-                "method": "nearest",
-                "weight_error": {"mean": sum(errors) / len(errors), "worst": max(errors)},
-            }
-        self.entry(name, part, precision)
+        self.entry(name, part, "fp32")
 
 
 def _write_texts(folder: Path, model: Model, prompt: PromptFiles) -> None:
@@ -206,13 +217,13 @@ def _write_rest(
     prompt: PromptFiles,
     name: str,
     precisions: dict[str, Precision],
-    data: CalibrationSet | None,
+    audited: dict[str, Any],
 ) -> None:
     """The parts that no data sets, the token table, and the manifest over all files."""
     folder, tick = steps.folder, steps.tick
     for part_name, part in model.parts.items():
         if part_name not in steps.engines:
-            steps.write_plain(part_name, part, precisions[part_name])
+            steps.write_float(part_name, part)
     tick("write token table", 0, 1)
     embeddings = writer.write_embeddings(model.embeddings, folder, precisions["llm"] != "fp32")
     tick("write token table", 1, 1)
@@ -229,7 +240,7 @@ def _write_rest(
         decoder=model.decoder,
         generation=GenerationSettings(prompt.eos_token_ids, prompt.repetition_penalty),
         embeddings=embeddings,
-        calibration=_calibration(steps.errors, data),
+        calibration={**audited, "parts": steps.errors} if steps.errors else None,
     )
     (folder / NAME).write_text(manifest.dump(), encoding="utf-8")
 
@@ -239,8 +250,10 @@ def _write_calibrated(
     model: Model,
     prompt: PromptFiles,
     calibrated: list[str],
+    precisions: dict[str, Precision],
     data: CalibrationSet,
     tried: tuple[str, ...],
+    budgets: Budgets,
 ) -> None:
     """Parts in pipeline order: each one's float outputs are the next one's inputs, whether or not it
     is quantized itself. The chain ends with the last part that has to be calibrated."""
@@ -252,39 +265,46 @@ def _write_calibrated(
                 if name in calibrated:
                     files = steps.folder / "tokenizer.json"
                     embeds = weight_only.embedded_prompts(model, prompt, files, data, inputs)
-                    steps.errors[name] = weight_only.write_int4(
-                        name, part, model.decoder, embeds, data, steps.folder, scratch, steps.tick
-                    )
-                    steps.entry(name, part, "int4")
+                    kind = precisions[name]
+                    steps.errors[name] = LANGUAGE[kind](
+                        name, part, model.decoder, embeds, data, steps.folder, scratch,
+                        steps.tick, budgets.kl,
+                    )  # fmt: skip
+                    layers = steps.errors[name].get("layers")
+                    steps.entry(name, part, mixed.precision_of(layers) if layers else kind)
                 break
             floats = static.run_float(name, part, inputs, data, scratch, steps.tick)
             if name in calibrated:
                 steps.errors[name] = static.write_int8(
-                    name, part, floats, data, tried, steps.folder, steps.tick
-                )
-                steps.entry(name, part, "int8")
+                    name, part, floats, data, tried, budgets.max_error, steps.folder, scratch,
+                    steps.tick,
+                )  # fmt: skip
+                steps.entry(name, part, mixed.precision_of(steps.errors[name]["layers"]))
             inputs = floats.outputs
             if name == calibrated[-1]:
                 break
 
 
-def _calibrates(part: Part, precision: Precision) -> bool:
-    """INT8 of activations and GPTQ are set by data; weights rounded to nearest by themselves alone."""
-    if part.weight_only:
-        return precision == "int4" and weight_only.fits(part)
-    return precision == "int8"
-
-
-def _calibration(
-    errors: dict[str, dict[str, Any]], data: CalibrationSet | None
-) -> dict[str, Any] | None:
-    if not errors:
-        return None
-    used = {} if data is None else {
-        "sha256": data.sha256, "pictures": len(data.paths), "prompts": len(data.prompts),
-        "held_out": len(data.held_out), "held_out_prompts": len(data.held_out_prompts),
-    }  # fmt: skip
-    return {"data": used, "parts": errors}
+def _audit(
+    folder: Path,
+    model: Model,
+    calibrated: list[str],
+    precisions: dict[str, Precision],
+    data: CalibrationSet | None,
+) -> dict[str, Any]:
+    """The manifest's `calibration` but for the parts."""
+    if data is None:
+        return {"data": {}, "warnings": []}
+    facts, warnings = audit(data, model.tiling)
+    reader = next((name for name in calibrated if model.parts[name].weight_only), None)
+    if reader is not None:  # the language model alone reads prompts, under INT8 not all of them
+        used = [i for i in range(len(data.prompts)) if i not in data.held_out_prompts]
+        if precisions[reader] == "int8":
+            used, _ = weight_only.thinned(data)
+        prompts = [data.prompts[index] for index in used]
+        more, lacking = audit_prompts(prompts, Tokenizer(folder / "tokenizer.json"))
+        facts, warnings = facts | more, warnings + lacking
+    return {"data": facts, "warnings": warnings}
 
 
 def part_sizes(manifest: Manifest) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Which precision each part is exported in."""
+"""Which precision each part is exported in, and how far that may move its output."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vlm_edge.errors import SettingError
 from vlm_edge.runtime.manifest import Precision
 
 KNOWN: tuple[Precision, ...] = get_args(Precision)
+LANGUAGE_ONLY = ("int4", "w8a8")  # other parts are W8A8 under int8
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,56 @@ class PrecisionPlan:
                 f"no part {', '.join(sorted(unknown))}; this architecture has {', '.join(parts)}"
             )
         for name, precision in self.parts.items():
-            if precision == "int4" and not parts[name]:
-                raise SettingError(f"{name}=int4: only language models have INT4; use {name}=int8")
+            if precision in LANGUAGE_ONLY and not parts[name]:
+                raise SettingError(
+                    f"{name}={precision}: only language models have {precision}; use {name}=int8"
+                )
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """How far quantization may move what the parts give; None is the part's own default.
+
+    Attributes:
+        max_error: relative error (root mean square) of the features that the vision encoder and the
+            connector give, each by itself (`static.MAX_ERROR`).
+        kl: KL divergence of the language model's next token, nats (`weight_only.BUDGET`).
+
+    Raises:
+        SettingError: one is not above 0.
+    """
+
+    max_error: float | None = None
+    kl: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--max-error", self.max_error), ("--budget", self.kl)):
+            if value is not None and not value > 0:  # NaN too
+                raise SettingError(
+                    f"{option} is {value:g}: it has to be above 0, since every quantized layer adds "
+                    "some error; for none, export in full precision"
+                )
+
+    def check(self, parts: Mapping[str, tuple[Precision, bool]]) -> None:
+        """Is there a part for each budget?
+
+        Args:
+            parts: by name, its precision and whether it is weight-only (`Part.weight_only`).
+
+        Raises:
+            SettingError: no.
+        """
+        quantized = {
+            weight_only for precision, weight_only in parts.values() if precision != "fp32"
+        }
+        if self.max_error is not None and False not in quantized:
+            raise SettingError(
+                "--max-error was given, but neither vision nor connector is quantized; use --int8"
+            )
+        if self.kl is not None and True not in quantized:
+            raise SettingError(
+                "--budget was given, but the language model is not quantized; use --int8 or --int4"
+            )
 
 
 def _known(precision: str, what: str, known: Iterable[Precision] = KNOWN) -> Precision:

@@ -113,35 +113,71 @@ class StaticInt8:
             division by `smoothing` where there is one.
         smoothing: float32 [in] by layer path: inputs are divided by it, weights multiplied
             (`calibration.ranges.migration`). Layers that share an input share it.
+        exact: paths of the layers that stay in float32.
     """
 
     def __init__(
-        self, ranges: Mapping[str, float], smoothing: Mapping[str, np.ndarray] | None = None
+        self,
+        ranges: Mapping[str, float],
+        smoothing: Mapping[str, np.ndarray] | None = None,
+        exact: Collection[str] = (),
     ) -> None:
-        self._ranges, self._smoothing = ranges, smoothing or {}
-        self._seen: list[tuple[ir.Value, ir.Value]] = []
+        self._ranges, self._smoothing, self._exact = ranges, smoothing or {}, frozenset(exact)
+        # What was made of an input, in the (sub)graph where it was made.
+        self._smooth: list[tuple[ir.Value, Any, ir.Value]] = []
+        self._quantized: list[tuple[ir.Value, Any, ir.Value]] = []
+
+    def keeping(self, exact: Collection[str], readers: Mapping[str, str]) -> StaticInt8:
+        """The same with the layers `exact` in float32.
+
+        An input is smoothed for the sake of its quantized readers: where there is none, nothing is.
+        Where there are some, the float layers beside them read the smoothed input too, so that the
+        division still goes into the normalisation, which has one output.
+
+        Args:
+            readers: for every layer, the layer its input is known by (`Observer.readers`).
+        """
+        smoothed = {first for path, first in readers.items() if path not in exact}
+        smoothing = {p: s for p, s in self._smoothing.items() if readers[p] in smoothed}
+        return StaticInt8(self._ranges, smoothing, exact)
 
     def product(self, path: str, weight: TensorRef) -> nn.Module:
-        return _StaticInt8Product(self, path, weight, self._smoothing.get(path))
+        smoothing = self._smoothing.get(path)
+        if path not in self._exact:
+            return _StaticInt8Product(self, path, weight, smoothing)
+        if smoothing is None:
+            return FloatProduct(weight)
+        return _SmoothedProduct(self, path, weight, smoothing)
+
+    def smooth(self, op: Any, path: str, x: ir.Value) -> ir.Value:
+        """x divided by the smoothing of `path`, once for all layers that read it."""
+        if path not in self._smoothing:
+            return x
+        known = _find(self._smooth, x, op)
+        if known is None:
+            # `fold.into_norms` moves this into the normalisation before it, where there is one.
+            factors = op.initializer(constant(1 / self._smoothing[path]), f"{path}.smooth")
+            known = op.Mul(x, factors)
+            self._smooth.append((x, op.builder.graph, known))
+        return known
 
     def activation(self, op: Any, path: str, x: ir.Value) -> ir.Value:
         """x after its Q/DQ pair; layers that share an input (query, key, value) share the pair."""
-        for value, quantized in self._seen:
-            if value is x:
-                return quantized
-        if path not in self._ranges:
-            raise CalibrationError(f"no range was calibrated for the input of {path}")
-        scale = op.Constant(value_float=float(max(self._ranges[path] / 127, TINY)))
-        zero = op.Constant(value=ir.Tensor(np.zeros((), np.int8)))
-        smooth = x
-        if path in self._smoothing:
-            # `fold.into_norms` moves this into the normalisation before it, where there is one.
-            smooth = op.Mul(
-                x, op.initializer(constant(1 / self._smoothing[path]), f"{path}.smooth")
-            )
-        quantized = op.DequantizeLinear(op.QuantizeLinear(smooth, scale, zero), scale, zero)
-        self._seen.append((x, quantized))
-        return quantized
+        known = _find(self._quantized, x, op)
+        if known is None:
+            if path not in self._ranges:
+                raise CalibrationError(f"no range was calibrated for the input of {path}")
+            scale = op.Constant(value_float=float(max(self._ranges[path] / 127, TINY)))
+            zero = op.Constant(value=ir.Tensor(np.zeros((), np.int8)))
+            smooth = self.smooth(op, path, x)
+            known = op.DequantizeLinear(op.QuantizeLinear(smooth, scale, zero), scale, zero)
+            self._quantized.append((x, op.builder.graph, known))
+        return known
+
+
+def _find(made: Iterable[tuple[ir.Value, Any, ir.Value]], x: ir.Value, op: Any) -> ir.Value | None:
+    graph = op.builder.graph  # a branch of an `If` does not see what another one made
+    return next((value for seen, where, value in made if seen is x and where is graph), None)
 
 
 class _StaticInt8Product(nn.Module):
@@ -166,6 +202,26 @@ class _StaticInt8Product(nn.Module):
         return op.MatMul(x, op.DequantizeLinear(self.weight, self.weight_scale, axis=1))
 
 
+class _SmoothedProduct(nn.Module):
+    """MatMul in float32 of an input that was smoothed for the quantized layers beside this one."""
+
+    def __init__(
+        self,
+        quantizer: StaticInt8 | WeightOnly,
+        path: str,
+        weight: TensorRef,
+        smoothing: np.ndarray,
+    ) -> None:
+        super().__init__("")
+        self._quantizer, self._path = quantizer, path
+        shape = weight.shape[1], weight.shape[0]
+        columns = StreamedTensor(lambda: _scaled(weight, smoothing), ir.DataType.FLOAT, shape)
+        self.weight = nn.Parameter(shape, data=columns)
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        return op.MatMul(self._quantizer.smooth(op, self._path, x), self.weight)
+
+
 class WeightOnly:
     """Blocks of the input axis share a scale; activations stay float.
 
@@ -175,6 +231,10 @@ class WeightOnly:
         keep8: layer paths that stay at 8 bits (the output head decides the token by itself).
         rounded: layers rounded beforehand (GPTQ); the others are rounded to nearest.
         block8: longest block of the layers in `keep8`; None is `block`.
+        smoothing: float32 [in] by layer path: inputs are divided by it, weights multiplied; those in
+            `rounded` are already. Layers that share an input share it. Engines round activations too
+            (ONNX Runtime to int8, a scale a block), so it pays where weights alone would not need it.
+        exact: layers that stay in float32.
 
     Attributes:
         errors: relative error of each weight rounded to nearest, once it has been written.
@@ -187,24 +247,57 @@ class WeightOnly:
         keep8: frozenset[str] = frozenset(),
         rounded: Mapping[str, Rounded] | None = None,
         block8: int | None = None,
+        smoothing: Mapping[str, np.ndarray] | None = None,
+        exact: Collection[str] = (),
     ) -> None:
-        self._bits, self._block, self._keep8 = bits, block, keep8
+        self._bits, self._block, self._keep8, self._exact = bits, block, keep8, frozenset(exact)
         self._block8 = block8 or block
-        self._rounded = rounded or {}
+        self._rounded, self._smoothing = rounded or {}, smoothing or {}
+        self._smooth: list[tuple[ir.Value, Any, ir.Value]] = []
         self.errors: Errors = {}
 
     def product(self, path: str, weight: TensorRef) -> nn.Module:
+        if path in self._exact:
+            smoothing = self._smoothing.get(path)
+            if smoothing is None:
+                return FloatProduct(weight)
+            return _SmoothedProduct(self, path, weight, smoothing)
         bits = 8 if path in self._keep8 else self._bits
         if bits == self._bits and path in self._rounded:
             rounded = self._rounded[path]
             shape, blocks = rounded.values.shape, len(rounded.scales)
-            return _BlockProduct(
+            return self._smoothed(path, _BlockProduct(
                 shape, bits, shape[0] // blocks, lambda: [rounded.values], lambda: [rounded.scales]
-            )
+            ))  # fmt: skip
         block = block_size(weight.shape[1], self._block8 if bits == 8 else self._block)
-        source = _Blocks(path, weight, bits, block, self.errors)
-        outputs, inputs = weight.shape
-        return _BlockProduct((inputs, outputs), bits, block, source.values, source.scales)
+        source = _Blocks(path, weight, bits, block, self._smoothing.get(path), self.errors)
+        shape = weight.shape[1], weight.shape[0]
+        return self._smoothed(path, _BlockProduct(shape, bits, block, source.values, source.scales))
+
+    def smooth(self, op: Any, path: str, x: ir.Value) -> ir.Value:
+        """x divided by the smoothing of `path`, once for all layers that read it."""
+        known = _find(self._smooth, x, op)
+        if known is None:
+            # `fold` moves this into the normalisation or the product before it.
+            factors = op.initializer(constant(1 / self._smoothing[path]), f"{path}.smooth")
+            known = op.Mul(x, factors)
+            self._smooth.append((x, op.builder.graph, known))
+        return known
+
+    def _smoothed(self, path: str, product: _BlockProduct) -> nn.Module:
+        return _Divided(self, path, product) if path in self._smoothing else product
+
+
+class _Divided(nn.Module):
+    """The product of an input that was divided by its smoothing."""
+
+    def __init__(self, quantizer: WeightOnly, path: str, product: _BlockProduct) -> None:
+        super().__init__("")
+        self._quantizer, self._path = quantizer, path
+        self.product = product
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        return self.product(op, self._quantizer.smooth(op, self._path, x))
 
 
 @dataclass(frozen=True)
@@ -253,6 +346,7 @@ class _Blocks:
     weight: TensorRef
     bits: int
     block: int
+    smoothing: np.ndarray | None
     errors: Errors
     _scales: list[np.ndarray] = field(default_factory=list)
 
@@ -262,7 +356,7 @@ class _Blocks:
         # The scale search holds several copies of a chunk: keep chunks small.
         step = self.block * max(1, CHUNK_BYTES // (16 * outputs * self.block))
         error = norm = 0.0
-        for rows in self.weight.T.rows(step):  # [step, out]
+        for rows in _scaled(self.weight, self.smoothing, step):  # [step, out]
             grouped = rows.reshape(-1, self.block, outputs)
             scales = best_scales(grouped, self.bits)  # [step / block, 1, out]
             values = _rounded(grouped, scales, self.bits)
@@ -306,13 +400,22 @@ def channel_scales(weight: TensorRef, factors: np.ndarray) -> np.ndarray:
     return np.maximum(peaks / np.float32(127), TINY).astype(np.float32)
 
 
+def _scaled(
+    weight: TensorRef, factors: np.ndarray | None, step: int | None = None
+) -> Iterator[np.ndarray]:
+    """float32 blocks [step, out] of the weight [out, in], inputs' weights multiplied by `factors`."""
+    start = 0
+    for rows in weight.T.rows(step):
+        if factors is not None:
+            rows *= factors[start : start + len(rows), None]
+        start += len(rows)
+        yield rows
+
+
 def _int8_columns(
     weight: TensorRef, scale: np.ndarray, factors: np.ndarray
 ) -> Iterator[np.ndarray]:
-    start = 0
-    for rows in weight.T.rows():  # [step, out]
-        rows *= factors[start : start + len(rows), None]
-        start += len(rows)
+    for rows in _scaled(weight, factors):
         np.divide(rows, scale, out=rows)
         yield np.clip(np.rint(rows, out=rows), -127, 127).astype(np.int8)
 

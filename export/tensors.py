@@ -27,6 +27,11 @@ class StreamedTensor(ir.LazyTensor):
         super().__init__(whole, dtype, ir.Shape(shape))
         self._blocks = blocks
 
+    @property
+    def blocks(self) -> Callable[[], Iterable[np.ndarray]]:
+        """What gives the values, piece by piece."""
+        return self._blocks
+
     def tofile(self, file: Any) -> None:
         for block in self._stored():
             file.write(np.ascontiguousarray(block).data)

@@ -1,4 +1,4 @@
-"""INT4 of a language model: rounded with GPTQ on pictures and texts, measured, mixed with INT8.
+"""INT8 and INT4 of a language model: calibrated on pictures and texts, measured, mixed.
 
 Prompts go through the runtime's own template and splice, pictures through the float vision encoder
 and connector, so the language model is rounded for the inputs it will see: visual tokens too.
@@ -6,48 +6,53 @@ and connector, so the language model is rounded for the inputs it will see: visu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
-from vlm_edge.calibration import gptq
+from vlm_edge.calibration import awq, gptq
 from vlm_edge.calibration.data import CalibrationSet
+from vlm_edge.calibration.ranges import migration
 from vlm_edge.errors import CalibrationError, PromptError
-from vlm_edge.export import graphs
+from vlm_edge.export import fold, graphs, mixed
 from vlm_edge.export.checkpoint import TensorRef
+from vlm_edge.export.language_study import study
+from vlm_edge.export.layerwise import Input, States, inputs_by_layer, runner, session_runner
 from vlm_edge.export.model import Model, Part
 from vlm_edge.export.prompt_files import PromptFiles
 from vlm_edge.export.quantizers import (
     Float,
     Observer,
+    Quantizer,
     Rounded,
     WeightOnly,
-    best_scales,
     block_size,
 )
 from vlm_edge.export.static import Progress
-from vlm_edge.runtime.feeds import prefill_feeds
 from vlm_edge.runtime.manifest import DecoderSettings
-from vlm_edge.runtime.ort import open_session
 from vlm_edge.runtime.prompt import build_prompt
 from vlm_edge.runtime.splice import splice
 from vlm_edge.runtime.template import ChatTemplate
 from vlm_edge.runtime.tokenizer import Tokenizer
 
 BITS, BLOCK, BLOCK8 = 4, 32, 128
-HESSIAN_BYTES = 160 << 20  # of sums kept at once; more layers take another pass over the prompts
-MOST_PASSES = 8  # a model that needs more is rounded to nearest: the passes would take hours
-WIDEST = 4096  # inputs of a layer; the inverse of their sums takes 32 bytes a pair while it is made
-LAST = 16  # positions of a prompt whose logits are compared
-BUDGET = 0.05  # KL divergence to full precision (nats a token) up to which INT4 stays everywhere
-# Layers whose rounding hurts most go to INT8 first (the inputs of down_proj and the outputs of v_proj
-# have the largest outliers: SmoothQuant, arXiv 2211.10438).
-STEPS: tuple[tuple[str, ...], ...] = ((), (".v_proj", ".down_proj"))
-GRAM = "gram."
+LOW, HIGH = -8, 7
+LAST = 32  # positions of a prompt whose logits are compared
+# KL divergence to full precision, nats a token: perplexity grows by about as much. INT8 is for those
+# who want the same answers, INT4 for those who want it small.
+BUDGET, BUDGET8 = 0.04, 0.02
+# Of a model too large to be measured layer by layer: kinds of layers that go to INT8 first (the inputs
+# of down_proj and the outputs of v_proj have the largest outliers: SmoothQuant, arXiv 2211.10438).
+STEPS: tuple[tuple[str, ...], ...] = (
+    (".v_proj", ".down_proj"),
+    (".v_proj", ".down_proj", ".o_proj", ".q_proj", ".k_proj"),
+)
+TRIES = 4  # assignments written and measured after the first
+STRENGTH = 0.65  # of the migration under INT8
+PROMPTS8 = 32  # calibration prompts that INT8 needs: it asks for ranges only
 
 
 def embedded_prompts(
@@ -66,17 +71,16 @@ def embedded_prompts(
     table = _Rows(model.embeddings)
     embeds = []
     for prompt in data.prompts:
-        pictures = [] if prompt.picture is None else [prompt.picture]
-        images = [data.paths[index] for index in pictures]
+        images = [data.paths[index] for index in prompt.pictures]
         text, use = prompt.text, template is not None
         if not use and images:
-            text = f"{model.prompt.image_token}\n{text}"
+            text = f"{model.prompt.image_token}\n" * len(images) + text
         try:
             built = build_prompt(text, images, model.prompt, core, template, use_template=use)
         except PromptError as error:
             raise CalibrationError(f"calibration prompt {prompt.text!r}: {error}") from error
         ids = np.asarray(built.token_ids, np.int64)
-        parts = [features[index] for index in pictures]
+        parts = [features[index] for index in prompt.pictures]
         embeds.append(splice(ids, model.prompt.image_token_id, table, parts))
     return embeds
 
@@ -100,172 +104,318 @@ def write_int4(
     folder: Path,
     scratch: Path,
     progress: Progress,
+    budget: float | None = None,
 ) -> dict[str, Any]:
-    """Write `<name>.onnx` in INT4, with as much INT8 as the budget asks for.
+    """Write `<name>.onnx` in INT4 by GPTQ, with as much INT8 as the budget asks for.
 
-    A model for which `fits` says no is not to come here: it would take hours and its size in float32
-    on disk.
+    One layer is in memory at a time, and one layer's weights are in `scratch` in float32; the states
+    of all prompts are there too. Which layers go to INT8 is measured (`language_study`), if the model
+    is small enough, once INT4 throughout has exceeded the budget.
+
+    Args:
+        budget: largest KL divergence to full precision, nats a token; None is BUDGET, and then the
+            nearest that INT8 everywhere comes to it is taken.
 
     Returns:
-        What the manifest says: method, KL divergence and top-1 agreement on held-out prompts, the
-        layers that are INT8, and the steps tried.
+        What the manifest says: method, KL divergence and top-1 agreement on held-out prompts, how many
+        inputs were scaled, the assignments tried, and the layers (`mixed.Study.report`).
+
+    Raises:
+        CalibrationError: no assignment is within `budget`.
     """
-    held_out = [embeds[i] for i in data.held_out_prompts]
-    used = [e for i, e in enumerate(embeds) if i not in data.held_out_prompts]
-    path = folder / f"{name}.onnx"
-    float_path = scratch / f"{name}_float.onnx"
-    layers = observed(part)
-    graphs.save(part.build(Float()), float_path)
-    reference = list(_logits(float_path, settings, held_out, frugal=True))
-    rounded = _gptq(part, layers, settings, used, float_path, scratch, progress)
-    tried = []
+    limit = BUDGET if budget is None else budget
+    states = States(embeds, scratch / "states.npy")
+    rounded: dict[str, Rounded] = {}
+    smoothing: dict[str, np.ndarray] = {}
+    held_out = data.held_out_prompts
+    for inputs in calibrated_layers(part, settings, states, held_out, True, scratch, progress):
+        for found in inputs.values():
+            _round(found, part.keep8, scratch, rounded, smoothing)
+    judge = Judge.of(part, settings, embeds, states, held_out, scratch)
+    paths = frozenset(_paths(part)) - part.keep8
+
+    def quantizer(int8: frozenset[str]) -> WeightOnly:
+        return WeightOnly(BITS, BLOCK, part.keep8 | int8, rounded, BLOCK8, smoothing)
+
+    tried: list[dict[str, Any]] = []
+
+    def write(int8: frozenset[str]) -> float:
+        figures = judge.write(name, part, quantizer(int8), folder, "int4", progress)
+        tried.append({"int8_layers": len(int8 | part.keep8), **figures})
+        return figures["kl"]
+
+    studied, int8 = None, frozenset[str]()
+    if write(int8) > limit:
+        studied = study(
+            name, part, settings, lambda: quantizer(frozenset()), judge.embeds, scratch, progress
+        )
+        if studied is None:
+            int8 = _by_kind(paths, limit, write)
+        else:
+            int8 = _by_layer(studied, paths, limit, write)
+    if budget is not None and tried[-1]["kl"] > budget:
+        raise unmet(name, budget, min(step["kl"] for step in tried))
+    layers = {} if studied is None else studied.report(paths - int8, "int4", "int8")
+    return {
+        "method": "gptq", "scaled_layers": len(smoothing), "budget_kl": limit, **tried[-1],
+        "tried": tried, "layers": layers,
+    }  # fmt: skip
+
+
+def _by_kind(
+    paths: frozenset[str], limit: float, write: Callable[[frozenset[str]], float]
+) -> frozenset[str]:
+    """The layers in INT8 that were written last: all of some kinds."""
+    int8 = frozenset[str]()
     for suffixes in STEPS:
-        kept = (
-            frozenset(p for p in layers.weights if p.endswith(suffixes))
-            if suffixes
-            else frozenset()
-        )
-        quantizer = WeightOnly(BITS, BLOCK, part.keep8 | kept, rounded, BLOCK8)
-        graphs.save(
-            part.build(quantizer), path, lambda done, of: progress(f"write {name} int4", done, of)
-        )
-        # Not frugal: unpacked INT4 weights are twenty times slower.
-        kl, agreement = _divergence(reference, _logits(path, settings, held_out, frugal=False))
-        kinds = [suffix.removeprefix(".") for suffix in suffixes]
-        tried.append({"int8": kinds, "kl": kl, "top1_agreement": agreement})
-        if kl <= BUDGET:
+        int8 = frozenset(path for path in paths if path.endswith(suffixes))
+        if write(int8) <= limit:
             break
-    return {"method": "gptq", "budget_kl": BUDGET, **tried[-1], "tried": tried}
+    return int8
 
 
-def gram(op: Any, x: ir.Value) -> dict[str, ir.Value]:
-    """Of x [batch, s, in] the sum of x x^T over positions, [in, in]."""
-    width = op.Slice(op.Shape(x), [-1], [1 << 31], [0])
-    flat = op.Reshape(x, op.Concat([-1], width, axis=0))
-    return {GRAM: op.MatMul(op.Transpose(flat, perm=[1, 0]), flat)}
+def _by_layer(
+    studied: mixed.Study,
+    paths: frozenset[str],
+    limit: float,
+    write: Callable[[frozenset[str]], float],
+) -> frozenset[str]:
+    """The layers in INT8 that were written last: those that add most for the time they save."""
+    aim, int8 = limit, frozenset[str]()
+    for _ in range(TRIES):
+        choice = studied.choose(aim)
+        int8 = paths - choice.quantized
+        kl = write(int8)
+        if kl <= limit or int8 == paths:
+            break
+        # INT8 errs a little too, and the switches were compared on fewer prompts.
+        aim = min(aim * limit / kl, float(np.nextafter(choice.error, 0)))
+    return int8
 
 
-def _gptq(
+def unmet(name: str, budget: float, least: float) -> CalibrationError:
+    """The sentence for a budget that no assignment meets."""
+    return CalibrationError(
+        f"{name} cannot be quantized within --budget {budget:g}: the least KL divergence reached is "
+        f"{least:.3g} nats; raise --budget, or keep the part in more bits with --precision {name}=int8 "
+        f"or {name}=fp32"
+    )
+
+
+def write_int8(
+    name: str,
     part: Part,
-    layers: Observer,
     settings: DecoderSettings,
     embeds: Sequence[np.ndarray],
-    float_path: Path,
+    data: CalibrationSet,
+    folder: Path,
     scratch: Path,
     progress: Progress,
-) -> dict[str, Rounded]:
-    """Every layer that may be INT4, rounded."""
-    wanted = _wanted(part, layers)
-    groups = _groups(layers, wanted)
-    rounded: dict[str, Rounded] = {}
-    for number, group in enumerate(groups):
-        step = f"gptq pass {number + 1} of {len(groups)}"
-        sums = _sums(
-            part, settings, embeds, group, float_path.with_name("gram.onnx"), progress, step
-        )
-        for first, hessian in sums.items():
-            upper = gptq.factor(hessian)  # query, key and value share it
-            for path in (p for p in wanted if layers.readers[p] == first):
-                rounded[path] = _round(path, layers.weights[path], upper, scratch)
-    return rounded
+    budget: float | None = None,
+) -> dict[str, Any]:
+    """Write `<name>.onnx` in INT8, inputs' outlying channels moved into the weights where that errs
+    less: engines round activations to int8 too, a scale a block. Layers that the budget has no room
+    for, and those that get no faster, stay in float.
+
+    Args:
+        budget: largest KL divergence to full precision, nats a token; None is BUDGET8.
+
+    Returns:
+        What the manifest says: method, relative errors of the weights, KL divergence and top-1
+        agreement on held-out prompts, and the layers (`mixed.Study.report`).
+
+    Raises:
+        CalibrationError: no assignment is within `budget`.
+    """
+    limit = BUDGET8 if budget is None else budget
+    used, judges = thinned(data)
+    chosen = [embeds[index] for index in (*used, *judges)]
+    held_out = range(len(used), len(chosen))
+    states = States(chosen, scratch / "states.npy")
+    smoothing: dict[str, np.ndarray] = {}
+    for inputs in calibrated_layers(part, settings, states, held_out, False, scratch, progress):
+        for found in inputs.values():
+            if found.smoothable:
+                weights = np.max([column_peaks(w) for w in found.weights.values()], axis=0)
+                scales = migration(found.peaks, weights, STRENGTH)
+                smoothing |= dict.fromkeys(found.weights, scales)
+    judge = Judge.of(part, settings, chosen, states, held_out, scratch)
+    candidates = {"nearest": {}, f"smooth-{STRENGTH * 100:.0f}": smoothing}
+    tried: dict[str, dict[str, Any]] = {}
+
+    def write(method: str, exact: frozenset[str] = frozenset()) -> dict[str, Any]:
+        quantizer = WeightOnly(8, BLOCK8, smoothing=candidates[method], exact=exact)
+        figures = judge.write(name, part, quantizer, folder, "int8", progress)
+        errors = list(quantizer.errors.values()) or [0.0]
+        weights = {"mean": sum(errors) / len(errors), "worst": max(errors)}
+        return {"weight_error": weights, **figures}
+
+    for method in candidates:
+        tried[method] = write(method)
+    best = min(tried, key=lambda method: tried[method]["kl"])
+    written, found = (method, frozenset[str]()), tried[best]
+    studied = study(
+        name, part, settings, lambda: WeightOnly(8, BLOCK8, smoothing=candidates[best]),
+        judge.embeds, scratch, progress,
+    )  # fmt: skip
+    aim, layers = limit, frozenset(_paths(part))
+    exact = frozenset[str]()
+    for _ in range(TRIES):
+        if studied is not None:
+            choice = studied.choose(aim)
+            exact = layers - choice.quantized
+        if written != (best, exact):
+            found, written = write(best, exact), (best, exact)
+        if found["kl"] <= limit or studied is None or exact == layers:
+            break
+        aim = min(aim * limit / found["kl"], float(np.nextafter(choice.error, 0)))
+    if budget is not None and (found["kl"] > budget or (layers and exact == layers)):
+        raise unmet(name, budget, min(step["kl"] for step in tried.values()))
+    report = {} if studied is None else studied.report(layers - exact, "int8")
+    return {"method": best, "budget_kl": limit, **found, "tried": tried, "layers": report}
 
 
-def observed(part: Part) -> Observer:
-    """The part's layers and which of them share an input, without running anything."""
-    layers = Observer(lambda op, x: {})
-    part.build(layers)
-    return layers
+def thinned(data: CalibrationSet) -> tuple[list[int], list[int]]:
+    """Prompts that set and that measure an INT8 model, taken evenly."""
+    held_out = list(data.held_out_prompts)
+    used = [index for index in range(len(data.prompts)) if index not in data.held_out_prompts]
+
+    def evenly(indices: list[int], most: int) -> list[int]:
+        count = min(len(indices), most)
+        return [indices[i * len(indices) // count] for i in range(count)]
+
+    return evenly(used, PROMPTS8), evenly(held_out, PROMPTS8 // 2)
 
 
-def fits(part: Part) -> bool:
-    """Can GPTQ be run in reasonable time? Otherwise weights are rounded to nearest."""
-    layers = observed(part)
-    wanted = _wanted(part, layers)
-    widest = max(layers.weights[path].shape[1] for path in wanted)
-    return widest <= WIDEST and len(_groups(layers, wanted)) <= MOST_PASSES
-
-
-def _wanted(part: Part, layers: Observer) -> set[str]:
-    return layers.weights.keys() - part.keep8
-
-
-def _groups(layers: Observer, wanted: Collection[str]) -> list[list[str]]:
-    """Observed inputs by pass, in order, each pass within HESSIAN_BYTES (or a single input)."""
-    firsts = [p for p in layers.observed if any(layers.readers[w] == p for w in wanted)]
-    groups: list[list[str]] = [[]]
-    size = 0
-    for first in firsts:
-        need = 4 * layers.weights[first].shape[1] ** 2
-        if groups[-1] and size + need > HESSIAN_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(first)
-        size += need
-    return groups
-
-
-def _sums(
+def calibrated_layers(
     part: Part,
     settings: DecoderSettings,
-    embeds: Sequence[np.ndarray],
-    group: Sequence[str],
-    path: Path,
+    states: States,
+    held_out: Sequence[int],
+    grams: bool,
+    scratch: Path,
     progress: Progress,
-    step: str,
-) -> Mapping[str, np.ndarray]:
-    observer = Observer(gram, only=group)
-    model = part.build(observer)
-    observer.add_outputs(model)
-    graphs.save(model, path)
-    session = open_session(path, "llm", None, frugal=True)
-    names = [GRAM + first for first in observer.observed]
-    sums: dict[str, np.ndarray] = {}
-    for index, embed in enumerate(embeds):
-        outputs = session.run(names, _feeds(session, settings, embed))
-        for first, found in zip(observer.observed, outputs, strict=True):
-            if not np.isfinite(found).all():
-                raise CalibrationError(f"the input of {first} is not finite in full precision")
-            sums[first] = (
-                found if first not in sums else np.add(sums[first], found, out=sums[first])
-            )
-        progress(step, index + 1, len(embeds))
-    return sums
-
-
-def _round(path: str, weight: TensorRef, upper: np.ndarray, scratch: Path) -> Rounded:
-    inputs = weight.shape[1]
-    values, scales = gptq.quantize(
-        np.ascontiguousarray(weight.numpy().T),
-        upper,
-        block_size(inputs, BLOCK),
-        lambda block: best_scales(block[None], BITS)[0, 0],
-        -8,
-        7,
+) -> Iterator[dict[str, Input]]:
+    assert part.layers is not None, "language models have layers"
+    return inputs_by_layer(
+        part.layers, settings, states, frozenset(held_out), grams, scratch, progress
     )
-    for kind, array in (("values", values.astype(np.int8)), ("scales", scales)):
-        np.save(scratch / f"{path}.{kind}.npy", array)
-    mapped = [np.load(scratch / f"{path}.{k}.npy", mmap_mode="r") for k in ("values", "scales")]
-    return Rounded(*mapped)
 
 
-def _feeds(session: Any, settings: DecoderSettings, embeds: np.ndarray) -> dict[str, np.ndarray]:
-    inputs = {spec.name for spec in session.get_inputs()}
-    feeds = prefill_feeds(settings, embeds)
-    count = embeds.shape[1]
-    feeds["logit_positions"] = np.arange(max(0, count - LAST), count)
-    return {name: value for name, value in feeds.items() if name in inputs}
+def _paths(part: Part) -> Mapping[str, TensorRef]:
+    """The part's linear layers, without running anything."""
+    observer = Observer(lambda op, x: {})
+    part.build(observer)
+    return observer.weights
 
 
-def _logits(
-    path: Path, settings: DecoderSettings, embeds: Sequence[np.ndarray], frugal: bool
-) -> Iterator[np.ndarray]:
-    """float32 [positions, vocab] of each prompt's last positions."""
-    session = open_session(path, "llm", None, frugal)
-    for embed in embeds:
-        yield session.run(["logits"], _feeds(session, settings, embed))[0][0]
+def column_peaks(weight: TensorRef) -> np.ndarray:
+    """float32 [in]: the largest weight that reads each input."""
+    return np.max([np.abs(rows).max(axis=0) for rows in weight.rows()], axis=0)
 
 
-def _divergence(
+def _round(
+    found: Input,
+    keep8: frozenset[str],
+    scratch: Path,
+    rounded: dict[str, Rounded],
+    smoothing: dict[str, np.ndarray],
+) -> None:
+    """Round the layers that read one input, scaled where the input can be scaled back for nothing."""
+    wanted = [path for path in found.weights if path not in keep8]
+    if not wanted:
+        return
+    assert found.gram is not None
+    hessian, upper = found.gram, gptq.factor(found.gram)  # query, key and value share it
+    weights = {p: np.ascontiguousarray(found.weights[p].numpy().T) for p in wanted}  # [in, out]
+    block = block_size(len(hessian), BLOCK)
+    scales = None
+    if found.smoothable:
+        scales = awq.scales(hessian, upper, list(weights.values()), block, LOW, HIGH)
+    if scales is not None:
+        smoothing |= dict.fromkeys(found.weights, scales)
+        hessian, upper = hessian / np.outer(scales, scales), upper * scales
+        weights = {path: weight * scales[:, None] for path, weight in weights.items()}
+
+    def choose(rows: np.ndarray, costs: np.ndarray) -> np.ndarray:
+        return gptq.weighted_scales(rows, costs, LOW, HIGH)
+
+    for path, weight in weights.items():
+        if not np.isfinite(weight).all():
+            raise CalibrationError(f"the weight of {path} holds values that are not finite numbers")
+        values, steps = gptq.quantize(weight, upper, block, choose, LOW, HIGH)
+        values, steps = gptq.refine(weight, hessian, values, steps, LOW, HIGH)
+        for kind, array in (("values", values.astype(np.int8)), ("scales", steps)):
+            np.save(scratch / f"{path}.{kind}.npy", array)
+        files = (scratch / f"{path}.{kind}.npy" for kind in ("values", "scales"))
+        rounded[path] = Rounded(*(np.load(file, mmap_mode="r") for file in files))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Writes a quantized model and compares its logits with full precision's on held-out prompts."""
+
+    settings: DecoderSettings
+    embeds: Sequence[np.ndarray]
+    reference: Sequence[np.ndarray]  # float32 [positions, vocab]
+
+    @classmethod
+    def of(
+        cls,
+        part: Part,
+        settings: DecoderSettings,
+        embeds: Sequence[np.ndarray],
+        states: States,
+        held_out: Sequence[int],
+        scratch: Path,
+    ) -> Judge:
+        """From the states behind the last layer.
+
+        Raises:
+            CalibrationError: logits are not finite.
+        """
+        assert part.layers is not None
+        run = runner(part.layers.build_head(Float()), settings, scratch / "head.onnx")
+        reference = []
+        for number, index in enumerate(held_out):
+            logits = run(states[index], **_last(states[index]))["logits"][0]
+            if not np.isfinite(logits).all():
+                raise CalibrationError(
+                    "the llm part's logits are not finite in full precision; the checkpoint's weights "
+                    "are damaged, or too large for float32"
+                )
+            np.save(scratch / f"logits.{number}.npy", logits)
+            reference.append(np.load(scratch / f"logits.{number}.npy", mmap_mode="r"))
+        return cls(settings, [embeds[index] for index in held_out], reference)
+
+    def write(
+        self,
+        name: str,
+        part: Part,
+        quantizer: Quantizer,
+        folder: Path,
+        precision: str,
+        progress: Progress,
+    ) -> dict[str, float]:
+        """Write `<name>.onnx`; its KL divergence (nats a token) and top-1 agreement."""
+        model = part.build(quantizer)
+        fold.into_norms(model.graph)
+        fold.into_products(model.graph)
+        path = folder / f"{name}.onnx"
+        graphs.save(model, path, lambda done, of: progress(f"write {name} {precision}", done, of))
+        # Not frugal: unpacked INT4 weights are twenty times slower.
+        run = session_runner(path, self.settings, frugal=False)
+        found = (run(embed, **_last(embed))["logits"][0] for embed in self.embeds)
+        kl, agreement = divergence(self.reference, found)
+        return {"kl": kl, "top1_agreement": agreement}
+
+
+def _last(states: np.ndarray) -> dict[str, np.ndarray]:
+    count = states.shape[1]
+    return {"logit_positions": np.arange(max(0, count - LAST), count)}
+
+
+def divergence(
     reference: Sequence[np.ndarray], logits: Iterator[np.ndarray]
 ) -> tuple[float, float]:
     """Mean KL divergence (nats) and share of equal top tokens, over all positions."""

@@ -29,12 +29,20 @@ def causal_mask(queries: np.ndarray, capacity: int, window: int | None) -> np.nd
     return np.where(seen, np.float32(0), MASKED)
 
 
+def empty_cache(settings: DecoderSettings, capacity: int) -> dict[str, np.ndarray]:
+    """The cache's arrays by name (`DecoderSettings.cache`), batch 1, with room for `capacity` positions."""
+    sizes = {"batch": 1, "capacity": capacity}
+    return {
+        spec.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], spec.dtype)
+        for spec in settings.cache()
+    }
+
+
 def prefill_feeds(settings: DecoderSettings, embeds: np.ndarray) -> dict[str, np.ndarray]:
     """All inputs an llm graph may have, for a whole prompt [1, n, width] and an empty cache of its
     length; the logits asked for are the last position's."""
     count = embeds.shape[1]
     positions = np.arange(count)
-    cache = np.zeros((1, settings.kv_heads, count, settings.head_dim), np.float32)
     return {
         "inputs_embeds": embeds,
         "positions": positions[None],
@@ -44,5 +52,5 @@ def prefill_feeds(settings: DecoderSettings, embeds: np.ndarray) -> dict[str, np
             name: causal_mask(positions, count, window)[None, None]
             for name, window in windows(settings).items()
         },
-        **{f"past.{kv}.{i}": cache for i in range(settings.layers) for kv in ("key", "value")},
+        **{f"past.{name}": array for name, array in empty_cache(settings, count).items()},
     }

@@ -13,7 +13,9 @@ from vlm_edge.runtime.schema import SchemaError, from_json, to_json
 FORMAT = 1
 NAME = "manifest.json"
 
-Precision = Literal["fp32", "int8", "int4"]
+Precision = Literal["fp32", "int8", "int4", "w8a8"]  # w8a8: of a language model; others are in int8
+CacheDtype = Literal["float32", "int8"]
+_BYTES = {"float32": 4, "int8": 1}
 Dimension = int | str  # a symbolic dimension is its name
 
 
@@ -111,6 +113,26 @@ class DecoderSettings:
     max_positions: int
     sliding_window: int | None  # keys a query may see, itself included
     chunked_prefill: bool  # false where rotations depend on the whole call (dynamic RoPE)
+    cache_dtype: CacheDtype = "float32"  # int8: with one float32 scale for each position and head
+
+    def cache(self) -> tuple[TensorSpec, ...]:
+        """The cache's arrays; a graph reads each as `past.<name>` and writes `present.<name>`."""
+        return tuple(
+            TensorSpec(f"{name}.{layer}", dtype, ("batch", self.kv_heads, "capacity", width))
+            for layer in range(self.layers)
+            for name, dtype, width in self._layer_cache()
+        )
+
+    def cache_bytes(self) -> int:
+        """Bytes that one position takes in all layers."""
+        sizes = [self.kv_heads * width * _BYTES[dtype] for _, dtype, width in self._layer_cache()]
+        return self.layers * sum(sizes)
+
+    def _layer_cache(self) -> list[tuple[str, str, int]]:
+        arrays = [(kind, str(self.cache_dtype), self.head_dim) for kind in ("key", "value")]
+        if self.cache_dtype == "int8":
+            arrays += [(f"{kind}_scale", "float32", 1) for kind in ("key", "value")]
+        return arrays
 
 
 @dataclass(frozen=True)
@@ -148,6 +170,11 @@ class Manifest:
     embeddings: EmbeddingSettings
     calibration: dict[str, Any] | None = None
     parity: dict[str, Any] | None = None
+
+    def exact(self, engine: str) -> bool:
+        """Does the engine compute in full precision? A language model's cache is a part of it."""
+        cache = self.decoder.cache_dtype if engine == "llm" else "float32"
+        return self.engines[engine].precision == "fp32" and cache == "float32"
 
     def dump(self) -> str:
         return json.dumps(to_json(self), indent=1, ensure_ascii=False) + "\n"

@@ -11,7 +11,7 @@ import numpy as np
 from vlm_edge.errors import EngineFailure, ExtraMissing
 from vlm_edge.runtime import native
 from vlm_edge.runtime.bundle import Bundle
-from vlm_edge.runtime.feeds import causal_mask, windows
+from vlm_edge.runtime.feeds import causal_mask, empty_cache, windows
 
 try:
     import onnxruntime
@@ -91,7 +91,7 @@ class OrtEngine:
 class OrtDecoder:
     """The language model (`engine.Decoder`), batch 1.
 
-    Each layer's cache is one array bound as input and output, so a step writes one position and
+    Each of a layer's cache arrays is bound as input and output, so a step writes one position and
     copies nothing. It grows a little at a time because attention computes the whole width it is given.
     """
 
@@ -102,11 +102,7 @@ class OrtDecoder:
         self._inputs = {spec.name for spec in self._session.get_inputs()}
         masks = windows(settings).items()
         self._windows = {name: window for name, window in masks if name in self._inputs}
-        self._caches: dict[str, np.ndarray] = {
-            f"{kind}.{layer}": self._empty(0)
-            for layer in range(settings.layers)
-            for kind in ("key", "value")
-        }
+        self._caches = empty_cache(settings, 0)
         self._step: _Step | None = None
         self.length = 0
 
@@ -136,15 +132,11 @@ class OrtDecoder:
 
     def clear(self) -> None:
         self._step, self.length = None, 0
-        self._caches = {name: self._empty(0) for name in self._caches}
+        self._caches = empty_cache(self._settings, 0)
 
     def close(self) -> None:
         self._step = self._session = None
         self._caches.clear()
-
-    def _empty(self, capacity: int) -> np.ndarray:
-        settings = self._settings
-        return np.zeros((1, settings.kv_heads, capacity, settings.head_dim), np.float32)
 
     def _reserve(self, needed: int) -> None:
         if self._session is None:
@@ -155,10 +147,9 @@ class OrtDecoder:
         step = max(STEP, needed // 8 // STEP * STEP)
         capacity = -(-needed // step) * step
         self._step = None  # its bindings point at the old arrays
-        for name, old in self._caches.items():
-            new = self._empty(capacity)
-            new[:, :, : self.length] = old[:, :, : self.length]
-            self._caches[name] = new
+        for name, new in empty_cache(self._settings, capacity).items():
+            new[:, :, : self.length] = self._caches[name][:, :, : self.length]
+            self._caches[name] = new  # one by one: the old one's memory goes back before the next copy
 
 
 class _Step:

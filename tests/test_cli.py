@@ -152,7 +152,7 @@ def test_version() -> None:
         (["run", "b", "-p", "x", "--no-template", "--system", "y"], "excludes --no-template"),
         (["export", "--int8", "--int4"], "exclude each other"),
         (["export", "--int8", "--precision", "llm=int4"], "exclude each other"),
-        (["export", "--method", "entropy"], "'auto', 'percentile', 'minmax'"),
+        (["export", "--method", "median"], "'auto', 'minmax', 'average'"),
         (["export", "--precision", "llm=int3"], "int4"),
         (["export", "--precision", "int8"], "PART=PRECISION"),
         (["bench", "b", "--new-tokens", "1"], "x>=2"),

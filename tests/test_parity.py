@@ -244,18 +244,20 @@ def exact_logits(vlm: Any, embeds: np.ndarray) -> np.ndarray:
 
 
 def rounded_weights(graph: Path) -> dict[str, np.ndarray]:
-    """Parameter name -> float32 [out, in] of every quantized weight in an llm graph."""
+    """Parameter name -> float32 of every quantized weight [out, in] in an llm graph, and of every norm
+    that took over factors of its outputs ("<name>.smooth")."""
     import onnx_ir as ir
 
     initializers = {k: v.const_value for k, v in ir.load(graph).graph.initializers.items()}
     found = {}
-    for name, scale in initializers.items():
-        if name.endswith(".weight_scale"):
-            values = (
-                initializers[name.removesuffix("_scale")].numpy().astype(np.float32)
-            )  # [in, out]
+    for stored, tensor in initializers.items():
+        name = stored.removesuffix(".smooth").removesuffix("_scale")
+        layer = name.removeprefix("llm.")
+        path = layer if layer.startswith("lm_head") else f"model.language_model.{layer}"
+        if stored.removesuffix(".smooth").endswith(".weight_scale"):
+            values, scale = initializers[name].numpy().astype(np.float32), tensor  # [in, out]
             blocks = values.reshape(scale.shape[0], -1, values.shape[1]) * scale.numpy()[:, None]
-            layer = name.removesuffix("_scale").removeprefix("llm.")
-            path = layer if layer.startswith("lm_head") else f"model.language_model.{layer}"
             found[path] = blocks.reshape(values.shape).T
+        elif stored.endswith(".smooth"):
+            found[path] = tensor.numpy().copy()
     return found

@@ -13,13 +13,18 @@ from vlm_edge.export.config import Config
 from vlm_edge.export.connectors import mlp
 from vlm_edge.export.graphs import Interface, build
 from vlm_edge.export.language import llama
-from vlm_edge.export.language.interface import decoder_interface, decoder_settings, run_decoder
+from vlm_edge.export.language.interface import (
+    decoder_interface,
+    decoder_layers,
+    decoder_settings,
+    run_decoder,
+)
 from vlm_edge.export.model import Model, Part
 from vlm_edge.export.processor import Processor
 from vlm_edge.export.prompt_files import PromptFiles
 from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.export.vision import tower
-from vlm_edge.runtime.manifest import PromptSettings, TensorSpec, Tiling
+from vlm_edge.runtime.manifest import CacheDtype, PromptSettings, TensorSpec, Tiling
 
 MODEL_TYPES = ("llava",)
 
@@ -33,8 +38,16 @@ RENAMES = (
 )
 
 
-def read(checkpoint: Checkpoint, processor: Processor, prompt: PromptFiles) -> Model:
+def read(
+    checkpoint: Checkpoint,
+    processor: Processor,
+    prompt: PromptFiles,
+    cache_dtype: CacheDtype = "float32",
+) -> Model:
     """The checkpoint as three parts: vision, connector, llm.
+
+    Args:
+        cache_dtype: of the language model's keys and values.
 
     Raises:
         CheckpointError: config.json, the processor or a tensor is not what LLaVA needs.
@@ -44,7 +57,7 @@ def read(checkpoint: Checkpoint, processor: Processor, prompt: PromptFiles) -> M
     image = processor.image
     vision = tower.read_tower(config, image.height, image.width)
     text = config.sub("text_config")
-    decoder = llama.read(text)
+    decoder = llama.read(text, cache_dtype)
     tied = config.flag("tie_word_embeddings", False) or decoder.tied
     settings = _prompt(config, processor, prompt, vision.tokens)
     projector = mlp.read(config, vision.width, decoder.width)
@@ -80,7 +93,13 @@ def read(checkpoint: Checkpoint, processor: Processor, prompt: PromptFiles) -> M
         parts={
             "vision": Part(vision_io, build_vision),
             "connector": Part(connector_io, build_connector),
-            "llm": Part(llm_io, build_llm, weight_only=True, keep8=frozenset({head.path})),
+            "llm": Part(
+                llm_io,
+                build_llm,
+                weight_only=True,
+                keep8=frozenset({head.path}),
+                layers=decoder_layers(weights.sub("language_model"), head, decoder),
+            ),
         },
         embeddings=table.tensor("weight", decoder.vocab_size, decoder.width),
         image=image,

@@ -7,6 +7,7 @@ window only.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,11 @@ from vlm_edge.errors import UnsupportedConfig
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
 from vlm_edge.export.layers.activations import Activation, activation
+from vlm_edge.export.layers.cache import write
 from vlm_edge.export.layers.linear import Linear, RMSNorm
 from vlm_edge.export.layers.rope import Rope, read_rope
 from vlm_edge.export.quantizers import Quantizer
+from vlm_edge.runtime.manifest import CacheDtype
 
 # transformers' defaults for keys that config.json leaves out:
 # (hidden, feed-forward, layers, heads, key-value heads, positions, vocabulary, window)
@@ -52,10 +55,11 @@ class DecoderConfig:
     window: int | None
     sliding: tuple[bool, ...]
     tied: bool
+    cache_dtype: CacheDtype
 
 
-def read(config: Config) -> DecoderConfig:
-    """text_config of a Llama-type model.
+def read(config: Config, cache_dtype: CacheDtype = "float32") -> DecoderConfig:
+    """text_config of a Llama-type model, and how its cache is to be stored.
 
     Raises:
         UnsupportedConfig: a value or key the graph cannot honour.
@@ -92,6 +96,7 @@ def read(config: Config) -> DecoderConfig:
         window=window,
         sliding=sliding,
         tied=config.flag("tie_word_embeddings", False),
+        cache_dtype=cache_dtype,
     )
     config.finish()
     return decoder
@@ -127,11 +132,11 @@ def _window(
 class Decoder(nn.Module):
     """Embeddings to logits, with the cache updated in place.
 
-    forward(op, embeds, positions, write_indices, masks, logit_positions, keys, values):
+    forward(op, embeds, positions, write_indices, masks, logit_positions, caches):
         embeds float32 [batch, s, width]; positions int64 [batch, s]; write_indices int64 [batch];
         masks: "full" and "sliding" -> float32 [batch, 1, s, capacity], added to the scores;
-        logit_positions int64 [n], of the s; keys, values: per layer [batch, kv_heads, capacity, head_dim].
-    Returns logits [batch, n, vocab] and the updated keys and values.
+        logit_positions int64 [n], of the s; caches: the arrays of every layer (`export/layers/cache.py`).
+    Returns logits [batch, n, vocab] and the updated caches.
     """
 
     def __init__(
@@ -141,13 +146,15 @@ class Decoder(nn.Module):
         self._config = config
         layers = weights.sub("layers")
         self.layers = nn.ModuleList(
-            [
-                _Layer(layers.sub(i), config, config.sliding[i], quantizer)
-                for i in range(config.layers)
-            ]
+            [Layer(layers.sub(i), config, quantizer) for i in range(config.layers)]
         )
         self.norm = RMSNorm(weights.sub("norm"), config.width, config.epsilon)
         self.lm_head = Linear(head, config.width, config.vocab_size, False, quantizer)
+
+    def logits(self, op: Any, x: ir.Value, logit_positions: ir.Value) -> ir.Value:
+        """The last layer's output [batch, s, width] -> [batch, n, vocab]"""
+        x = op.Gather(x, logit_positions, axis=1)  # [batch, n, width]: only what is asked for
+        return self.lm_head(op, self.norm(op, x))
 
     def forward(
         self,
@@ -157,25 +164,28 @@ class Decoder(nn.Module):
         write_indices: ir.Value,
         masks: dict[str, ir.Value],
         logit_positions: ir.Value,
-        keys: list[ir.Value],
-        values: list[ir.Value],
-    ) -> tuple[ir.Value, list[ir.Value], list[ir.Value]]:
+        caches: Sequence[ir.Value],
+    ) -> tuple[ir.Value, list[ir.Value]]:
         rope = self._config.rope(op, positions)
-        x, new_keys, new_values = embeds, [], []
+        x, written = embeds, list[ir.Value]()
+        arrays = len(caches) // max(1, len(self.layers))  # of one layer
         for index, layer in enumerate(self.layers):
             mask = masks["sliding" if self._config.sliding[index] else "full"]
-            x, key, value = layer(op, x, rope, write_indices, mask, keys[index], values[index])
+            past = caches[index * arrays : (index + 1) * arrays]
+            x, present = layer(op, x, rope, write_indices, mask, past)
             x.name = f"llm.layers.{index}.output"
-            new_keys.append(key)
-            new_values.append(value)
-        x = op.Gather(x, logit_positions, axis=1)  # [batch, n, width]: only what is asked for
-        return self.lm_head(op, self.norm(op, x)), new_keys, new_values
+            written += present
+        return self.logits(op, x, logit_positions), written
 
 
-class _Layer(nn.Module):
-    def __init__(
-        self, weights: Weights, config: DecoderConfig, sliding: bool, quantizer: Quantizer
-    ) -> None:
+class Layer(nn.Module):
+    """One layer of the decoder.
+
+    forward(op, x, rope, write_indices, mask, cache): x float32 [batch, s, width], the others as in
+    `Decoder`, `rope` made of the positions, `cache` of this layer. Returns the next x and the cache.
+    """
+
+    def __init__(self, weights: Weights, config: DecoderConfig, quantizer: Quantizer) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(weights.sub("input_layernorm"), config.width, config.epsilon)
         self.self_attn = _Attention(weights.sub("self_attn"), config, quantizer)
@@ -184,10 +194,10 @@ class _Layer(nn.Module):
         )
         self.mlp = _MLP(weights.sub("mlp"), config, quantizer)
 
-    def forward(self, op: Any, x: ir.Value, *context: Any) -> tuple[ir.Value, ir.Value, ir.Value]:
-        mixed, key, value = self.self_attn(op, self.input_layernorm(op, x), *context)
+    def forward(self, op: Any, x: ir.Value, *context: Any) -> tuple[ir.Value, list[ir.Value]]:
+        mixed, cache = self.self_attn(op, self.input_layernorm(op, x), *context)
         x = op.Add(x, mixed)
-        return op.Add(x, self.mlp(op, self.post_attention_layernorm(op, x))), key, value
+        return op.Add(x, self.mlp(op, self.post_attention_layernorm(op, x))), cache
 
 
 class _Attention(nn.Module):
@@ -211,21 +221,17 @@ class _Attention(nn.Module):
         rope: tuple[ir.Value, ir.Value],
         write_indices: ir.Value,
         mask: ir.Value,
-        keys: ir.Value,
-        values: ir.Value,
-    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        cache: Sequence[ir.Value],
+    ) -> tuple[ir.Value, list[ir.Value]]:
         q = op.RotaryEmbedding(self._split(op, self.q_proj(op, x), self._heads), *rope)
         k = op.RotaryEmbedding(self._split(op, self.k_proj(op, x), self._kv_heads), *rope)
         v = self._split(op, self.v_proj(op, x), self._kv_heads)
-        keys = op.TensorScatter(
-            keys, k, write_indices, axis=2
-        )  # [batch, kv_heads, capacity, head_dim]
-        values = op.TensorScatter(values, v, write_indices, axis=2)
+        keys, values, cache = write(op, cache, k, v, write_indices)
         mixed = op.Attention(q, keys, values, mask)  # [batch, heads, s, head_dim]
         mixed = op.Reshape(
             op.Transpose(mixed, perm=[0, 2, 1, 3]), [0, 0, self._heads * self._head_dim]
         )
-        return self.o_proj(op, mixed), keys, values
+        return self.o_proj(op, mixed), cache
 
     def _split(self, op: Any, x: ir.Value, heads: int) -> ir.Value:
         """[batch, s, heads * head_dim] -> [batch, heads, s, head_dim]"""

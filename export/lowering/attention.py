@@ -1,7 +1,7 @@
 """Where a portable graph attends over a cache, as one value: what each engine's own operator replaces.
 
-The portable form is RotaryEmbedding, TensorScatter into the cache and Attention with a float mask
-(`language/llama.py`); engines have operators that do all of it and compute no masked score.
+The portable form is RotaryEmbedding, TensorScatter into the cache, for int8 with its rounding
+(`layers/cache.py`), and Attention with a float mask (`language/llama.py`); engines have operators that do all of it and compute no masked score.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,8 @@ class CachedAttention:
             the linear layers give them: not rotated, not split.
         cos, sin: [batch, s, rotated / 2].
         interleaved, rotary_dim: RotaryEmbedding's attributes.
-        past, present: keys and values [batch, kv_heads, capacity, head_dim], before and after.
+        past, present: keys and values [batch, kv_heads, capacity, head_dim], before and after; of an
+            int8 cache also their scales [batch, kv_heads, capacity, 1].
         write_indices: int64 [batch], where the first of the s positions goes.
         mask: name of the mask input it was written with.
         output: [batch, s, heads * head_dim].
@@ -35,8 +35,8 @@ class CachedAttention:
     sin: ir.Value
     interleaved: int
     rotary_dim: int
-    past: tuple[ir.Value, ir.Value]
-    present: tuple[ir.Value, ir.Value]
+    past: tuple[ir.Value, ...]
+    present: tuple[ir.Value, ...]
     write_indices: ir.Value
     mask: str
     heads: int
@@ -45,27 +45,33 @@ class CachedAttention:
     scale: float
     output: ir.Value
 
+    @property
+    def rounded(self) -> bool:
+        """Is the cache int8?"""
+        return len(self.past) > 2
+
 
 def find(graph: ir.Graph) -> Iterator[CachedAttention]:
     """Every attention over a cache, in order."""
     for node in list(graph):
         if node.op_type != "Attention" or len(node.inputs) < 4:
             continue
-        scatters = [_producer(node.inputs[i], "TensorScatter") for i in (1, 2)]
+        scatters = [_scatters(node.inputs[i]) for i in (1, 2)]
         query = _producer(node.inputs[0], "RotaryEmbedding")
-        if query is None or None in scatters:
+        if query is None or [] in scatters:
             continue
-        keys, values = (scatter for scatter in scatters if scatter is not None)
-        key = _producer(keys.inputs[1], "RotaryEmbedding")
+        key, value = (_before_rounding(each[0].inputs[1]) for each in scatters)
+        rotated = _producer(key, "RotaryEmbedding")
         merged = _merged(node.outputs[0])
         q, k, v = (_unsplit(x) for x in (
-            query.inputs[0], key.inputs[0] if key is not None else None, values.inputs[1]
+            query.inputs[0], rotated.inputs[0] if rotated is not None else None, value
         ))  # fmt: skip
-        if key is None or merged is None or q is None or k is None or v is None:
+        if merged is None or q is None or k is None or v is None:
             continue
-        past, mask = _value(keys.inputs[0]), _value(node.inputs[3])
-        assert past.shape is not None and mask.name is not None
-        kv_heads, head_dim = past.shape[1], past.shape[3]
+        updates = [scatter for pair in zip(*scatters, strict=True) for scatter in pair]
+        past, mask = [_value(scatter.inputs[0]) for scatter in updates], _value(node.inputs[3])
+        assert past[0].shape is not None and mask.name is not None
+        kv_heads, head_dim = past[0].shape[1], past[0].shape[3]
         assert isinstance(kv_heads, int) and isinstance(head_dim, int)
         scale = node.attributes.get_float("scale", head_dim**-0.5)
         yield CachedAttention(
@@ -76,9 +82,9 @@ def find(graph: ir.Graph) -> Iterator[CachedAttention]:
             sin=_value(query.inputs[2]),
             interleaved=query.attributes.get_int("interleaved", 0),
             rotary_dim=query.attributes.get_int("rotary_embedding_dim", 0),
-            past=(past, _value(values.inputs[0])),
-            present=(keys.outputs[0], values.outputs[0]),
-            write_indices=_value(keys.inputs[2]),
+            past=tuple(past),
+            present=tuple(scatter.outputs[0] for scatter in updates),
+            write_indices=_value(updates[0].inputs[2]),
             mask=mask.name,
             heads=_heads(query),
             kv_heads=kv_heads,
@@ -86,34 +92,6 @@ def find(graph: ir.Graph) -> Iterator[CachedAttention]:
             scale=scale,
             output=merged,
         )
-
-
-def clean(model: ir.Model) -> None:
-    """Drop what a rewriting left unread: nodes, initializers, inputs."""
-    RemoveUnusedNodesPass()(model)
-    inputs = model.graph.inputs
-    for value in [value for value in inputs if not value.uses()]:
-        inputs.remove(value)
-
-
-def take_over(old: ir.Value, new: ir.Value) -> None:
-    """`new` stands wherever `old` stood, its name and place among the outputs included."""
-    name, shape, kind = old.name, old.shape, old.type
-    old.name = f"{name}.replaced"
-    new.name, new.shape, new.type = name, shape, kind
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def bias_of(product: ir.Value) -> tuple[ir.Value, ir.Value] | None:
-    """The sum with a constant vector that is the product's only reader, and the vector."""
-    readers = list(product.consumers())
-    if len(readers) != 1 or readers[0].op_type != "Add":
-        return None
-    for other in readers[0].inputs:
-        constant = other is not None and other is not product and other.is_initializer()
-        if constant and other.shape is not None and len(other.shape) == 1:
-            return readers[0].outputs[0], other
-    return None
 
 
 def _value(value: ir.Value | None) -> ir.Value:
@@ -124,6 +102,27 @@ def _value(value: ir.Value | None) -> ir.Value:
 def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == kind else None
+
+
+def _scatters(value: ir.Value | None) -> list[ir.Node]:
+    """The updates of the cache that keys or values are read from: of the values, and of the scales if
+    they are int8."""
+    scaled = _producer(value, "Mul")
+    cast = None if scaled is None else _producer(scaled.inputs[0], "Cast")
+    read = [value] if scaled is None or cast is None else [cast.inputs[0], scaled.inputs[1]]
+    found = [_producer(each, "TensorScatter") for each in read]
+    return [] if None in found else [scatter for scatter in found if scatter is not None]
+
+
+def _before_rounding(value: ir.Value | None) -> ir.Value | None:
+    """x of int8 round(x / scale); anything else as it is."""
+    x = value
+    for kind in ("Cast", "Round", "Div"):
+        node = _producer(x, kind)
+        if node is None:
+            return value
+        x = node.inputs[0]
+    return x
 
 
 def _unsplit(value: ir.Value | None) -> ir.Value | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from vlm_edge.export.lowering import attention
+from vlm_edge.export.lowering import attention, rewrite
 from vlm_edge.export.lowering.attention import CachedAttention
 
 CONTRIB = "com.microsoft"
@@ -75,7 +75,7 @@ def integer_products(model: ir.Model) -> int:
             continue
         (x, x_scale, x_zero), (weight, scale, _) = sides
         inputs, output = [x, weight, x_scale, scale, x_zero, None], node.outputs[0]
-        added = attention.bias_of(output)
+        added = rewrite.bias_of(output)
         if added is not None:
             output, bias = added
             inputs.append(bias)
@@ -83,10 +83,10 @@ def integer_products(model: ir.Model) -> int:
         where = output.producer()
         assert where is not None
         graph.insert_after(where, product)
-        attention.take_over(output, product.outputs[0])
+        rewrite.take_over(output, product.outputs[0])
     if pairs:
         graph.opset_imports[CONTRIB] = 1
-        attention.clean(model)
+        rewrite.clean(model)
     return pairs
 
 
@@ -109,7 +109,7 @@ def group_queries(model: ir.Model, windows: Windows) -> int:
     found = [
         site
         for site in attention.find(graph)
-        if site.mask in windows and site.head_dim % HEAD_MULTIPLE == 0
+        if site.mask in windows and site.head_dim % HEAD_MULTIPLE == 0 and not site.rounded
     ]
     for site in found:
         if lengths is None:
@@ -117,7 +117,7 @@ def group_queries(model: ir.Model, windows: Windows) -> int:
         _group_queries(graph, site, lengths, windows[site.mask])
     if found:
         graph.opset_imports[CONTRIB] = 1
-        attention.clean(model)
+        rewrite.clean(model)
     return len(found)
 
 
@@ -148,7 +148,7 @@ def _group_queries(
     assert where is not None
     graph.insert_after(where, [query, key, grouped])
     for old, new in zip((site.output, *site.present), grouped.outputs, strict=True):
-        attention.take_over(old, new)
+        rewrite.take_over(old, new)
 
 
 def _lengths(graph: ir.Graph, site: CachedAttention) -> tuple[ir.Value, ir.Value]:

@@ -7,14 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlm_edge.cli import options
+from vlm_edge.cli import layers, options
 from vlm_edge.cli.guard import Command
 
 if TYPE_CHECKING:
     from vlm_edge.export.pipeline import ExportReport
     from vlm_edge.export.precision import PrecisionPlan
+    from vlm_edge.runtime.manifest import CacheDtype
 
 DEMO_ARCH = "llava"
+# As export/static.py and runtime/manifest.py have them (tests say so); importing them here would slow
+# every command's start.
+CACHES = ("float32", "int8")
+METHODS = ("auto", "minmax", "average", "percentile", "entropy", "mse", "smooth-65", "smooth-80")
 
 
 @click.command(
@@ -42,14 +47,38 @@ DEMO_ARCH = "llava"
     "calibration_images",
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="Pictures whose activations set the INT8 ranges.  [default: the built-in set]",
+    help="Pictures, and prompts about them, that set the INT8 ranges and INT4 rounding.  "
+    "[default: the built-in set]",
 )
 @click.option(
     "--method",
-    type=click.Choice(["auto", "percentile", "minmax", "smooth-65", "smooth-80"]),
+    type=click.Choice(METHODS),
     default="auto",
     show_default=True,
-    help="How a range follows from the activations; auto takes what errs less.",
+    help="How a range follows from the activations; auto tries the usual ones and takes what errs least.",
+)
+@click.option(
+    "--max-error",
+    type=float,
+    metavar="E",
+    help="Relative error that INT8 may add to the features of vision encoder and connector, each; "
+    "layers that have no room in it stay in float.  [default: 0.04, a cosine above 0.999]",
+)
+@click.option(
+    "--budget",
+    type=float,
+    metavar="KL",
+    help="KL divergence to full precision (nats a token) that quantization may add to the language "
+    "model; under --int4 layers that have no room in it take INT8, under --int8 they stay in float.  "
+    "[default: 0.04 under --int4, 0.02 under --int8]",
+)
+@click.option(
+    "--kv-cache",
+    type=click.Choice(CACHES),
+    default="float32",
+    show_default=True,
+    help="How the language model keeps the keys and values of earlier tokens; int8 takes a quarter of "
+    "the memory.",
 )
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 def export(
@@ -61,9 +90,15 @@ def export(
     output: Path | None,
     calibration_images: Path | None,
     method: str,
+    max_error: float | None,
+    budget: float | None,
+    kv_cache: CacheDtype,
     revision: str | None,
 ) -> None:
     """Export SOURCE to a bundle: one engine per part, tokenizer and manifest.
+
+    A layer is quantized if that makes it faster on this machine and its error has room in the
+    budget (--max-error, --budget). The table at the end, and `vlm info --layers`, say why others are float.
 
     SOURCE is a Hugging Face checkpoint folder, a Hub name such as llava-hf/llava-1.5-7b-hf or, left
     out, the built-in demo model.
@@ -72,7 +107,7 @@ def export(
         raise click.UsageError("--int8, --int4 and --precision exclude each other: give one")
 
     from vlm_edge.export.pipeline import export as export_bundle
-    from vlm_edge.export.precision import PrecisionPlan
+    from vlm_edge.export.precision import Budgets, PrecisionPlan
 
     uniform = PrecisionPlan.uniform("int8" if int8 else "int4" if int4 else "fp32")
     plan = PrecisionPlan.parse(precision) if precision is not None else uniform
@@ -86,6 +121,8 @@ def export(
             calibration_method=method,
             progress=progress,
             revision=revision,
+            budgets=Budgets(max_error, budget),
+            cache_dtype=kv_cache,
         )
     show(report)
 
@@ -114,26 +151,39 @@ def show(report: ExportReport) -> None:
     table.add_column("MB", justify="right")
     table.add_column("error of quantization")
     for part, size in report.sizes.items():
-        error = describe_error(report.errors.get(part, {}))
-        table.add_row(part, report.precisions.get(part, ""), f"{size / 1e6:,.1f}", error)
+        found = report.errors.get(part, {})
+        precision = describe_precision(report.precisions.get(part, ""), found.get("layers", {}))
+        table.add_row(part, precision, f"{size / 1e6:,.1f}", describe_error(found))
     table.add_section()
     table.add_row("all", "", f"{sum(report.sizes.values()) / 1e6:,.1f}", "")
     console = options.console()
     console.print(table)
+    if any(found.get("layers") for found in report.errors.values()):
+        console.print(layers.by_kind(report.errors))
     memory = f", {report.peak_rss_anon / 1e6:,.0f} MB of memory" if report.peak_rss_anon else ""
     console.print(f"{report.architecture} exported in {report.seconds:.1f} s{memory}")
+    for warning in report.warnings:
+        click.echo(f"warning: {warning}", err=True)
     console.print(
         f"Ask it: vlm run {report.bundle} PICTURE -p QUESTION", soft_wrap=True, markup=False
     )
 
 
+def describe_precision(precision: str, measured: layers.Layers) -> str:
+    """A part's precision, and how many of its layers have it where that is not all of them."""
+    quantized = sum(layer["precision"] != "fp32" for layer in measured.values())
+    if quantized in (0, len(measured)):
+        return precision
+    return f"{precision}, {quantized} of {len(measured)} layers"
+
+
 def describe_error(error: dict[str, Any]) -> str:
     """What the pipeline measured of a quantized part; nothing for one in full precision."""
+    if "kl" in error:
+        return f"KL {error['kl']:.3g} nats, same top token {error['top1_agreement']:.1%}"
     if "weight_error" in error:
         weight = error["weight_error"]
         return f"weights {weight['mean']:.2%}, worst layer {weight['worst']:.2%}"
-    if "kl" in error:
-        return f"KL {error['kl']:.3g} nats, same top token {error['top1_agreement']:.1%}"
     if "relative_error" in error:
         return f"features {error['relative_error']:.2%}, cosine {error['cosine']:.5f}"
     return ""

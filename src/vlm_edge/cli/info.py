@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vlm_edge.cli import layers as tables
 from vlm_edge.cli import options
 from vlm_edge.cli.guard import Command
 
@@ -33,16 +34,25 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 @click.command(cls=Command, short_help="Say what is in a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--image-size", type=ImageSize(), help="Also the tokens that such an image takes.")
+@click.option("--layers", is_flag=True, help="Also every measured layer: precision, error, time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(bundle: Path, image_size: tuple[int, int] | None, as_json: bool) -> None:
+def info(bundle: Path, image_size: tuple[int, int] | None, layers: bool, as_json: bool) -> None:
     """Say what BUNDLE holds: architecture, parts, precisions, sizes, tokens and context."""
     from vlm_edge.runtime.manifest import read_manifest
 
-    facts = describe(bundle, read_manifest(bundle), image_size)
+    manifest = read_manifest(bundle)
+    facts = describe(bundle, manifest, image_size)
+    parts = (manifest.calibration or {}).get("parts", {})
+    if layers:
+        facts["measured"] = {name: part.get("layers", {}) for name, part in parts.items()}
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
-    else:
-        show(facts)
+        return
+    show(facts)
+    if layers and any(facts["measured"].values()):
+        options.console().print(tables.one_by_one(parts))
+    elif layers:
+        click.echo("No layer was measured: nothing is quantized, or its weights only.")
 
 
 def describe(
@@ -67,8 +77,13 @@ def describe(
         "tokens_per_image": manifest.prompt.tokens_per_image,
         "context": manifest.decoder.max_positions,
         "layers": manifest.decoder.layers,
+        "cache": {
+            "dtype": manifest.decoder.cache_dtype,
+            "bytes_per_token": manifest.decoder.cache_bytes(),
+        },
         "vocabulary": manifest.decoder.vocab_size,
         "verified": manifest.parity is not None,
+        "warnings": (manifest.calibration or {}).get("warnings", []),
     }
     if image_size is not None:
         width, height = image_size
@@ -89,6 +104,7 @@ def show(facts: dict[str, Any]) -> None:
         "made by": f"{facts['producer']}, format {facts['format']}",
         "image": f"{tile['width']}x{tile['height']} pixels, {facts['tokens_per_image']} tokens",
         "context": f"{facts['context']:,} tokens",
+        "cache": f"{facts['cache']['bytes_per_token']:,} bytes a token ({facts['cache']['dtype']})",
         "verified": "yes" if facts["verified"] else "no: see `vlm verify`",
     }
     if "image" in facts:
@@ -106,3 +122,5 @@ def show(facts: dict[str, Any]) -> None:
     console = options.console()
     console.print(model)
     console.print(parts)
+    for warning in facts["warnings"]:
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
