@@ -73,14 +73,13 @@ def _block(k: int) -> int:
     return 128 if k % 128 == 0 else 64
 
 
-def _own(kind: str, k: int, n: int, block: int | None, i: int, rng: np.random.Generator) -> Built:
-    if kind == "LinearInt8":
-        weight = rng.integers(-127, 128, (k, n), np.int8)
-    else:
-        weight = rng.integers(0, 256, (k, n // 2), np.uint8)
-    scale = np.full((n,) if block is None else (k // block, n), 0.01, np.float32)
-    constants = {f"w{i}": weight, f"s{i}": scale}
-    return Built([Node(kind, ["x", *constants], [f"y{i}"], native.DOMAIN)], constants)
+def _own(bits: int, k: int, n: int, block: int | None, i: int, rng: np.random.Generator) -> Built:
+    constants = {
+        f"w{i}": rng.integers(0, 256, (k, n * bits // 8), np.uint8),
+        f"s{i}": np.full((n,) if block is None else (k // block, n), 0.01, np.float32),
+    }
+    inputs = ["x", "", "", *constants]  # no norm, no residual
+    return Built([Node("Linears", inputs, [f"y{i}"], native.DOMAIN, {"bits": [bits]})], constants)
 
 
 def _n_bits(bits: int, k: int, n: int, block: int, i: int, rng: np.random.Generator) -> Built:
@@ -112,11 +111,11 @@ def _static(k: int, n: int, i: int, rng: np.random.Generator) -> Built:
 
 
 KERNELS: dict[str, Callable[[int, int, int, np.random.Generator], Built]] = {
-    "LinearInt8, a scale a column": lambda k, n, i, r: _own("LinearInt8", k, n, None, i, r),
+    "Linears-8, a scale a column": lambda k, n, i, r: _own(8, k, n, None, i, r),
     "MatMulIntegerToFloat": _static,
-    "LinearInt8, blocks": lambda k, n, i, r: _own("LinearInt8", k, n, _block(k), i, r),
+    "Linears-8, blocks": lambda k, n, i, r: _own(8, k, n, _block(k), i, r),
     "MatMulNBits-8": lambda k, n, i, r: _n_bits(8, k, n, _block(k), i, r),
-    "LinearInt4, blocks of 32": lambda k, n, i, r: _own("LinearInt4", k, n, 32, i, r),
+    "Linears-4, blocks of 32": lambda k, n, i, r: _own(4, k, n, 32, i, r),
     "MatMulNBits-4": lambda k, n, i, r: _n_bits(4, k, n, 32, i, r),
 }
 

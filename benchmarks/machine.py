@@ -8,12 +8,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from vlm_edge.runtime import native
+
 ENGINES = ("onnxruntime", "onnxruntime-gpu", "tensorrt")
 PACKAGES = ("vlm-edge", "numpy", "pillow", "tokenizers", *ENGINES)
 
 
 def describe() -> dict[str, Any]:
-    """A name for tables ("AMD EPYC 9B14, 2 cores, 23 GB") and its parts; no host name."""
+    """A name for tables ("AMD EPYC 9B14, 2 cores, 23 GB") and its parts; no host name. `kernels` says
+    whose kernels run quantized models on the CPU: ours where they were built and the CPU has AVX-512."""
     cpu, cores, memory = _board() or _processor(), usable_cores(), _memory_gb()
     unit = "core" if cores == 1 else "cores"
     size = f", {memory} GB" if memory else ""
@@ -24,6 +27,7 @@ def describe() -> dict[str, Any]:
         "memory_gb": memory,
         "system": f"{platform.system()} {platform.release()}",
         "arch": platform.machine(),
+        "kernels": "onnxruntime" if native.library() is None else "vlm-edge",
     }
 
 

@@ -16,7 +16,7 @@ TYPES = {
     np.dtype(np.int32): 6,
     np.dtype(np.int64): 7,
 }
-FLOAT, INT = 1, 2
+FLOAT, INT, INTS = 1, 2, 7
 
 Dims = Sequence[int | str]
 
@@ -27,7 +27,7 @@ class Node:
     inputs: Sequence[str]
     outputs: Sequence[str]
     domain: str = ""
-    attributes: Mapping[str, int | float] = field(default_factory=dict)
+    attributes: Mapping[str, int | float | Sequence[int]] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         parts = [_text(1, name) for name in self.inputs] + [_text(2, name) for name in self.outputs]
@@ -64,7 +64,10 @@ def model(
     return _number(1, 10) + _bytes(7, graph) + b"".join(sets)
 
 
-def _attribute(name: str, value: int | float) -> bytes:
+def _attribute(name: str, value: int | float | Sequence[int]) -> bytes:
+    if isinstance(value, Sequence):
+        numbers = b"".join(_number(8, each) for each in value)
+        return _text(1, name) + numbers + _number(20, INTS)
     if isinstance(value, float):
         return _text(1, name) + b"\x15" + struct.pack("<f", value) + _number(20, FLOAT)
     return _text(1, name) + _number(3, value) + _number(20, INT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlm_edge.benchmarks.schema import Figure, Measured, Report, Spread
 
@@ -27,7 +27,7 @@ def table(report: Report) -> Table:
     """One column per bundle with median, p90 and p99; with two bundles their ratio."""
     from rich.table import Table
 
-    made = Table(title=title(report), title_justify="left", caption=report.machine["name"])
+    made = Table(title=title(report), title_justify="left", caption=_machine(report.machine))
     made.add_column("")
     ratios = report.ratios()
     sides = [report.measured] + ([report.against] if report.against else [])
@@ -50,6 +50,11 @@ def table(report: Report) -> Table:
             cells.append(middle(ratios[name]))
         made.add_row(label, *cells)
     return made
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    kernels = machine.get("kernels")
+    return machine["name"] + (f", kernels of {kernels}" if kernels else "")
 
 
 def title(report: Report) -> str:

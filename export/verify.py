@@ -10,6 +10,7 @@ from typing import Any
 from vlm_edge.errors import CheckpointMissing, VerificationError
 from vlm_edge.export.verification.ladder import Probe, climb
 from vlm_edge.export.verification.report import STAGES, TEXT_STAGES, Report, Rung, store
+from vlm_edge.runtime.manifest import Manifest
 from vlm_edge.runtime.vlm import VLM
 
 __all__ = ["Report", "Rung", "store", "verify"]
@@ -58,10 +59,18 @@ def verify(
     return Report(
         reference=reference.name,
         against=Path(against).resolve().name if Path(against).is_dir() else str(against),
-        precision={name: engine.precision for name, engine in vlm.manifest.engines.items()},
+        precision=precisions(vlm.manifest),
         prompts={probe.name: probe.text for probe in probes},
         rungs=tuple(rungs),
     )
+
+
+def precisions(manifest: Manifest) -> dict[str, str]:
+    """Of each engine; a rounded cache is named, since it makes no engine "fp32"."""
+    found = {name: str(engine.precision) for name, engine in manifest.engines.items()}
+    if manifest.decoder.cache_dtype != "float32":
+        found["llm"] += f", {manifest.decoder.cache_dtype} cache"
+    return found
 
 
 class _Steps:

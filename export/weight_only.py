@@ -156,6 +156,8 @@ def write_int4(
     if budget is not None and tried[-1]["kl"] > budget:
         raise unmet(name, budget, min(step["kl"] for step in tried))
     layers = {} if studied is None else studied.report(paths - int8, "int4", "int8")
+    for path in part.keep8 & layers.keys():
+        layers[path]["reason"] = "output head"
     return {
         "method": "gptq", "scaled_layers": len(smoothing), "budget_kl": limit, **tried[-1],
         "tried": tried, "layers": layers,

@@ -1,11 +1,11 @@
-// Scaled dot-product attention on the CPU, plain C++: what the operators in attention_ops.cpp compute.
+// Scaled dot-product attention on the CPU, plain C++: what the operators in attention_op.cpp compute.
 //
 // Two ways. Many queries (vision, prefill): tiles of keys and values in bfloat16, float32 softmax with a
 // running maximum and sum (FlashAttention, arXiv 2205.14135). Few queries (decode): float32 throughout,
 // since reading the cache takes all the time.
 //
 // All arrays are contiguous float32 unless said otherwise. Activations are token-major
-// [batch, tokens, heads * head_dim]; a cache is [batch, kv_heads, capacity, head_dim].
+// [batch, tokens, heads * head_dim]; a cache is [batch, kv_heads, capacity, head_dim], in float32 or int8.
 #pragma once
 
 #include <cstdint>
@@ -29,11 +29,19 @@ struct Rotary {
   bool interleaved;
 };
 
+// The keys or the values of a cache. Where `floats` is null a number is `rounded` times the scale of its
+// position and head, scales being [batch, kv_heads, capacity].
+struct CacheArray {
+  float* floats;
+  int8_t* rounded;
+  float* scales;
+};
+
 // Keys and values that stay from call to call; query i of batch b has the position start[b] + i and sees
 // the positions up to its own, the last `window` of them if window is not 0.
 struct Cache {
-  float* keys;
-  float* values;
+  CacheArray keys;
+  CacheArray values;
   int64_t capacity;
   const int64_t* start;  // [batch]
   int64_t window;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "attention.h"
 
@@ -45,24 +46,41 @@ struct Problem {
   }
 };
 
-// Keys or values of one head: a pointer to the first and the distance between two.
-struct Head {
-  const float* data;
+// Keys or values of one head: a pointer to the first, the distance between two, and the scales of int8 ones.
+template <class T>
+struct HeadOf {
+  const T* data;
   int64_t stride;
-};
+  const float* scales = nullptr;
 
-inline Head head_of(const Problem& problem, const float* own, const float* cached, int64_t b, int64_t h) {
+  HeadOf from(int64_t j) const { return {data + j * stride, stride, scales ? scales + j : nullptr}; }
+};
+using Head = HeadOf<float>;
+
+// Of one head, from token `begin` on; T is int8_t where the cache is.
+template <class T>
+HeadOf<T> head_of(const Problem& problem, const float* own, const CacheArray* cached, int64_t b, int64_t h,
+                  int64_t begin) {
   const auto& s = problem.shape;
-  if (problem.cache)
-    return {cached + (b * s.kv_heads + h) * problem.cache->capacity * s.head_dim, s.head_dim};
-  return {own + problem.offset(b, problem.keys, 0, s.kv_heads, h), s.kv_heads * s.head_dim};
+  const int64_t row = cached ? (b * s.kv_heads + h) * problem.cache->capacity + begin : 0;
+  if constexpr (std::is_same_v<T, int8_t>) {
+    return {cached->rounded + row * s.head_dim, s.head_dim, cached->scales + row};
+  } else {
+    if (cached) return {cached->floats + row * s.head_dim, s.head_dim};
+    return {own + problem.offset(b, problem.keys, begin, s.kv_heads, h), s.kv_heads * s.head_dim};
+  }
 }
-inline Head keys_of(const Problem& problem, int64_t b, int64_t h) {
-  return head_of(problem, problem.k, problem.cache ? problem.cache->keys : nullptr, b, h);
+template <class T>
+HeadOf<T> keys_of(const Problem& problem, int64_t b, int64_t h, int64_t begin) {
+  return head_of<T>(problem, problem.k, problem.cache ? &problem.cache->keys : nullptr, b, h, begin);
 }
-inline Head values_of(const Problem& problem, int64_t b, int64_t h) {
-  return head_of(problem, problem.v, problem.cache ? problem.cache->values : nullptr, b, h);
+template <class T>
+HeadOf<T> values_of(const Problem& problem, int64_t b, int64_t h, int64_t begin) {
+  return head_of<T>(problem, problem.v, problem.cache ? &problem.cache->values : nullptr, b, h, begin);
 }
+
+// `count` rows of `width` numbers in float32, into `out`.
+void dequantize(const HeadOf<int8_t>& rows, int64_t count, int64_t width, float* out);
 
 // One head of the call's token i, rotated and times scale.
 inline void rotate(const Problem& problem, int64_t b, int64_t i, const float* in, float scale, float* out) {
@@ -83,17 +101,7 @@ inline void rotate(const Problem& problem, int64_t b, int64_t i, const float* in
 }
 
 // Writes those of the call's own tokens whose positions are in [begin, end) into the cache.
-inline void write_cache(const Problem& problem, int64_t b, int64_t h, int64_t begin, int64_t end) {
-  if (!problem.cache) return;
-  const auto& s = problem.shape;
-  const int64_t start = problem.start(b), at = (b * s.kv_heads + h) * problem.cache->capacity;
-  for (int64_t p = std::max(begin, start); p < std::min(end, start + s.queries); ++p) {
-    const int64_t from = problem.offset(b, s.queries, p - start, s.kv_heads, h);
-    const int64_t to = (at + p) * s.head_dim;
-    rotate(problem, b, p - start, problem.k + from, 1.0f, problem.cache->keys + to);
-    std::memcpy(problem.cache->values + to, problem.v + from, s.head_dim * sizeof(float));
-  }
-}
+void write_cache(const Problem& problem, int64_t b, int64_t h, int64_t begin, int64_t end);
 
 // Items are taken by whoever is free, so that unequal ones balance.
 template <class F>

@@ -1,4 +1,4 @@
-// Attention and CachedAttention for ONNX Runtime: checks, then attention() and cached_attention().
+// Attention over a call's own or over cached keys for ONNX Runtime: checks, then attention() and cached_attention().
 
 #include "attention_op.h"
 
@@ -26,12 +26,25 @@ void require_shape(const char* name, const Tensor& tensor, const Dims& expected)
 }
 
 // An output shaped as an input; a dimension without a name cannot be said.
-void same_shape(const Shapes& shapes, size_t output, size_t input) {
+void same_shape(const Shapes& shapes, size_t output, size_t input, OrtElementType type = kFloat) {
   const Shape shape = shapes.input(input);
   if (shape.dims.empty()) return;
   for (size_t i = 0; i < shape.dims.size(); ++i)
     if (shape.dims[i] < 0 && shape.names[i].empty()) return;
-  shapes.output(output, kFloat, shape);
+  shapes.output(output, type, shape);
+}
+
+// The output that continues a past [batch, kv_heads, capacity, ...]; bound as one value they are the same
+// memory.
+template <class T>
+T* present_of(const Call& call, size_t output, const Tensor& past, const ParallelFor& parallel) {
+  T* present = call.output<T>(output, past.dims);
+  const size_t heads = past.dims[0] * past.dims[1], size = past.dims[2] * past.dims[3];
+  if (present != past.data)
+    parallel(heads, [&](size_t head) {
+      std::memcpy(present + head * size, past.as<T>() + head * size, size * sizeof(T));
+    });
+  return present;
 }
 
 }  // namespace
@@ -91,7 +104,19 @@ CachedAttention::CachedAttention(const Node& node)
   require(window_ >= 0, "window must not be negative, and is " + std::to_string(window_));
 }
 
-void CachedAttention::compute(const Call& call) const {
+const std::vector<Operand> CachedAttentionInt8::kInputs = {{kFloat}, {kFloat}, {kFloat}, {kFloat}, {kFloat},
+                                                           {kInt8},  {kInt8},  {kInt64}, {kFloat}, {kFloat}};
+const std::vector<Operand> CachedAttentionInt8::kOutputs = {{kFloat}, {kInt8}, {kInt8}, {kFloat}, {kFloat}};
+
+void CachedAttentionInt8::infer(const Shapes& shapes) {
+  same_shape(shapes, 0, 0);
+  same_shape(shapes, 1, 5, kInt8);
+  same_shape(shapes, 2, 6, kInt8);
+  same_shape(shapes, 3, 8);
+  same_shape(shapes, 4, 9);
+}
+
+void CachedAttention::run(const Call& call, bool rounded) const {
   const Tensor q = call.input(0), k = call.input(1), v = call.input(2), cos = call.input(3),
                sin = call.input(4), past_key = call.input(5), past_value = call.input(6),
                start = call.input(7);
@@ -119,20 +144,23 @@ void CachedAttention::compute(const Call& call) const {
   }
 
   const ParallelFor parallel = call.parallel_for();
-  float* present[2];
+  Cache cache{{}, {}, capacity, start.as<int64_t>(), window_};
+  CacheArray* arrays[2] = {&cache.keys, &cache.values};
   const Tensor* past[2] = {&past_key, &past_value};
-  const size_t heads = shape.batch * shape.kv_heads, size = capacity * shape.head_dim;
-  for (int i = 0; i < 2; ++i) {
-    present[i] = call.output<float>(i + 1, past_key.dims);
-    if (present[i] != past[i]->data)
-      parallel(heads, [&](size_t head) {
-        std::memcpy(present[i] + head * size, past[i]->as<float>() + head * size, size * sizeof(float));
-      });
+  for (size_t i = 0; i < 2; ++i) {
+    if (rounded) {
+      const Tensor scales = call.input(8 + i);
+      require_shape(i ? "past_value_scale" : "past_key_scale", scales,
+                    {shape.batch, shape.kv_heads, capacity, 1});
+      arrays[i]->rounded = present_of<int8_t>(call, 1 + i, *past[i], parallel);
+      arrays[i]->scales = present_of<float>(call, 3 + i, scales, parallel);
+    } else {
+      arrays[i]->floats = present_of<float>(call, 1 + i, *past[i], parallel);
+    }
   }
   cached_attention(shape, {cos.as<float>(), sin.as<float>(), rotated / 2, batched, interleaved_},
                    q.as<float>(), k.as<float>(), v.as<float>(),
-                   {present[0], present[1], capacity, start.as<int64_t>(), window_},
-                   call.output<float>(0, q.dims), parallel);
+                   cache, call.output<float>(0, q.dims), parallel);
 }
 
 }  // namespace vlm_edge

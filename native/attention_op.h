@@ -1,4 +1,5 @@
-// The operators Attention and CachedAttention (domain vlm_edge, version 1). All float32 but start.
+// The operators Attention, CachedAttention and CachedAttentionInt8 (domain vlm_edge, version 1). All float32
+// but start and what is said to be int8.
 //
 //   Attention(q [b, s, heads * hd], k [b, t, kv_heads * hd], v [b, t, kv_heads * hd])
 //     -> y [b, s, heads * hd]
@@ -12,8 +13,14 @@
 //   query i sees the positions up to start + i, the last `window` of them. Where past and present are one
 //   OrtValue nothing is copied; otherwise the past is copied first.
 //
-// Attributes: num_heads, kv_num_heads, scale (default 1 / sqrt(hd)); for CachedAttention also interleaved
-// (0), rotary_dim r (0: hd), window (0: none). With up to 4 queries float32 throughout, otherwise
+//   CachedAttentionInt8(q, k, v, cos, sin, past_key int8, past_value int8, start,
+//                       past_key_scale [b, kv_heads, capacity, 1], past_value_scale [same])
+//     -> (y, present_key, present_value, present_key_scale, present_value_scale)
+//   The same over a cache of rounded numbers: k and v are rounded as they are written (each position and
+//   head has the scale largest magnitude / 127), and attention reads what was written.
+//
+// Attributes: num_heads, kv_num_heads, scale (default 1 / sqrt(hd)); with a cache also interleaved (0),
+// rotary_dim r (0: hd), window (0: none). With up to 4 queries float32 throughout, otherwise
 // bfloat16 products with float32 sums (attention.h).
 #pragma once
 
@@ -54,12 +61,25 @@ class CachedAttention {
   static void infer(const Shapes& shapes);
 
   explicit CachedAttention(const Node& node);
-  void compute(const Call& call) const;
+  void compute(const Call& call) const { run(call, false); }
+
+ protected:
+  void run(const Call& call, bool rounded) const;
 
  private:
   HeadAttributes heads_;
   int64_t rotary_dim_, window_;
   bool interleaved_;
+};
+
+class CachedAttentionInt8 : public CachedAttention {
+ public:
+  static constexpr const char* kName = "CachedAttentionInt8";
+  static const std::vector<Operand> kInputs, kOutputs;
+  static void infer(const Shapes& shapes);
+
+  using CachedAttention::CachedAttention;
+  void compute(const Call& call) const { run(call, true); }
 };
 
 }  // namespace vlm_edge

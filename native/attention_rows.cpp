@@ -19,26 +19,34 @@ constexpr int64_t RANGE = 256;  // keys of a work item
 constexpr int64_t STEP = 64;    // keys that stay in the first-level cache while all rows use them
 constexpr int64_t ALONE_BYTES = 256 << 10;  // less cache than this is read by one thread
 
-// s[r][j] = q[r] . k[j] for ROWS rows and 16 / ROWS keys, of which `count` exist.
+// 16 channels, of which `lanes` exist; int8 ones without their scale.
+ALWAYS_INLINE __m512 load(__mmask16 lanes, const float* x) { return _mm512_maskz_loadu_ps(lanes, x); }
+ALWAYS_INLINE __m512 load(__mmask16 lanes, const int8_t* x) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes, x)));
+}
+
+// Keys of a register tile; ROWS is 1 to 4.
 template <int ROWS>
-void dots(const float* q, int64_t padded, const Head& keys, int64_t width, int64_t count, float* s) {
-  constexpr int KEYS = 16 / ROWS;
-  const float* k[KEYS];
+constexpr int KEYS = ROWS == 3 ? 4 : 16 / ROWS;
+
+// s[r][j] = q[r] . k[j] for ROWS rows and KEYS keys, of which `count` exist.
+template <int ROWS, class T>
+void dots(const float* q, int64_t padded, const HeadOf<T>& keys, int64_t width, int64_t count, float* s) {
+  const T* k[KEYS<ROWS>];
 #pragma GCC unroll 16
-  for (int j = 0; j < KEYS; ++j) k[j] = keys.data + std::min<int64_t>(j, count - 1) * keys.stride;
+  for (int j = 0; j < KEYS<ROWS>; ++j) k[j] = keys.data + std::min<int64_t>(j, count - 1) * keys.stride;
   __m512 acc[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
   for (int64_t c = 0; c < width; c += LANES) {
     const __mmask16 lanes = mask(width - c);
 #pragma GCC unroll 16
-    for (int j = 0; j < KEYS; ++j) {
-      const __m512 key = _mm512_maskz_loadu_ps(lanes, k[j] + c);
-      // The processor does not foresee that the next keys are read a line of each at a time.
-      _mm_prefetch(reinterpret_cast<const char*>(k[j] + c + 2 * KEYS * keys.stride), _MM_HINT_T0);
+    for (int j = 0; j < KEYS<ROWS>; ++j) {
+      const __m512 key = load(lanes, k[j] + c);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
-        acc[r * KEYS + j] = _mm512_fmadd_ps(key, _mm512_load_ps(q + r * padded + c), acc[r * KEYS + j]);
+        acc[r * KEYS<ROWS> + j] =
+            _mm512_fmadd_ps(key, _mm512_load_ps(q + r * padded + c), acc[r * KEYS<ROWS> + j]);
     }
   }
   const __m512 all = sums(acc);
@@ -51,13 +59,13 @@ void dots(const float* q, int64_t padded, const Head& keys, int64_t width, int64
     _mm_store_ps(s, _mm512_castps512_ps128(all));
     _mm_store_ps(s + RANGE, _mm512_extractf32x4_ps(all, 1));
     _mm_store_ps(s + 2 * RANGE, _mm512_extractf32x4_ps(all, 2));
-    _mm_store_ps(s + 3 * RANGE, _mm512_extractf32x4_ps(all, 3));
+    if constexpr (ROWS == 4) _mm_store_ps(s + 3 * RANGE, _mm512_extractf32x4_ps(all, 3));
   }
 }
 
 // o[r] += sum_j p[r][j] v[j] for ROWS rows and 16 * N channels, the last 16 of them masked by `last`.
-template <int ROWS, int N>
-void mix(const float* p, int64_t count, const float* v, int64_t stride, __mmask16 last, float* o,
+template <int ROWS, int N, class T>
+void mix(const float* p, int64_t count, const T* v, int64_t stride, __mmask16 last, float* o,
          int64_t padded) {
   __m512 acc[ROWS][N];
 #pragma GCC unroll 4
@@ -68,7 +76,7 @@ void mix(const float* p, int64_t count, const float* v, int64_t stride, __mmask1
     __m512 value[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n)
-      value[n] = n + 1 < N ? _mm512_loadu_ps(v + n * LANES) : _mm512_maskz_loadu_ps(last, v + n * LANES);
+      value[n] = load(n + 1 < N ? mask(LANES) : last, v + n * LANES);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
@@ -81,12 +89,12 @@ void mix(const float* p, int64_t count, const float* v, int64_t stride, __mmask1
     for (int n = 0; n < N; ++n) _mm512_store_ps(o + r * padded + n * LANES, acc[r][n]);
 }
 
-template <int ROWS>
-void mix(const float* p, int64_t count, const Head& values, int64_t width, float* o, int64_t padded) {
+template <int ROWS, class T>
+void mix(const float* p, int64_t count, const HeadOf<T>& values, int64_t width, float* o, int64_t padded) {
   for (int64_t c = 0; c < width; c += 4 * LANES) {
     const int64_t vectors = std::min<int64_t>(4, (width - c + LANES - 1) / LANES);
     const __mmask16 last = mask(width - c - (vectors - 1) * LANES);
-    const float* v = values.data + c;
+    const T* v = values.data + c;
     if (vectors == 4) mix<ROWS, 4>(p, count, v, values.stride, last, o + c, padded);
     else if (vectors == 3) mix<ROWS, 3>(p, count, v, values.stride, last, o + c, padded);
     else if (vectors == 2) mix<ROWS, 2>(p, count, v, values.stride, last, o + c, padded);
@@ -94,13 +102,14 @@ void mix(const float* p, int64_t count, const Head& values, int64_t width, float
   }
 }
 
-// Calls body(rows, first row) over rows in groups of 4, 2 and 1.
+// Calls body(rows, first row) over rows in groups of 4 and what is left.
 template <class F>
 void by_rows(int64_t rows, const F& body) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) body(std::integral_constant<int, 4>(), r);
-  for (; r + 2 <= rows; r += 2) body(std::integral_constant<int, 2>(), r);
-  for (; r < rows; ++r) body(std::integral_constant<int, 1>(), r);
+  if (rows - r == 3) body(std::integral_constant<int, 3>(), r);
+  if (rows - r == 2) body(std::integral_constant<int, 2>(), r);
+  if (rows - r == 1) body(std::integral_constant<int, 1>(), r);
 }
 
 // What a range of keys gives: not yet divided by the sum.
@@ -117,6 +126,23 @@ struct Range {
   int64_t b, head, begin, end;  // keys
 };
 
+// s[j] *= scales[j], which an int8 cache has.
+void rescale(float* s, const float* scales, int64_t count) {
+  for (int64_t j = 0; j < count; j += LANES)
+    _mm512_store_ps(s + j, _mm512_mul_ps(_mm512_load_ps(s + j), _mm512_maskz_loadu_ps(mask(count - j), scales + j)));
+}
+
+// Asks for `count` rows ahead of their use: a range is too short for the hardware to guess well, and at its
+// values it starts anew.
+template <class T>
+void prefetch(const HeadOf<T>& rows, int64_t count, int64_t width) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t c = 0; c < width; c += LINE)
+      _mm_prefetch(reinterpret_cast<const char*>(rows.data + j * rows.stride + c), _MM_HINT_T0);
+}
+
+template <class T>
 void range(const Problem& problem, const Range& keys_range, int64_t padded, const Partial& out) {
   static thread_local Buffer buffer;
   const int64_t rows = problem.rows(), width = problem.shape.head_dim, group = problem.group();
@@ -130,26 +156,31 @@ void range(const Problem& problem, const Range& keys_range, int64_t padded, cons
   float* s = arena.take<float>(rows * RANGE);
 
   write_cache(problem, b, head, begin, keys_range.end);
-  Head keys = keys_of(problem, b, head), values = values_of(problem, b, head);
-  keys.data += begin * keys.stride;
-  values.data += begin * values.stride;
+  const HeadOf<T> keys = keys_of<T>(problem, b, head, begin), values = values_of<T>(problem, b, head, begin);
   for (int64_t r = 0; r < rows; ++r) {
     rotate(problem, b, r / group, problem.q + problem.row_offset(b, head, r), problem.shape.scale * LOG2E,
            q + r * padded);
     std::fill(q + r * padded + width, q + (r + 1) * padded, 0.0f);
   }
 
-  for (int64_t step = 0; step < count; step += STEP)
+  for (int64_t step = 0; step < count; step += STEP) {
+    const int64_t now = std::min(STEP, count - step);
     by_rows(rows, [&](auto n, int64_t r) {
       constexpr int ROWS = decltype(n)::value;
-      for (int64_t j = step; j < std::min(step + STEP, count); j += 16 / ROWS)
-        dots<ROWS>(q + r * padded, padded, {keys.data + j * keys.stride, keys.stride}, width, count - j,
-                   s + r * RANGE + j);
+      for (int64_t j = step; j < step + now; j += KEYS<ROWS>) {
+        if (r == 0) {
+          prefetch(keys.from(j + STEP), std::min<int64_t>(KEYS<ROWS>, count - j - STEP), width);
+          prefetch(values.from(j), std::min<int64_t>(KEYS<ROWS>, count - j), width);
+        }
+        dots<ROWS>(q + r * padded, padded, keys.from(j), width, count - j, s + r * RANGE + j);
+      }
     });
+  }
 
   const int64_t vectors = (count + LANES - 1) / LANES;
   for (int64_t r = 0; r < rows; ++r) {
     float* each = s + r * RANGE;
+    if (keys.scales) rescale(each, keys.scales, count);
     hide(each, vectors, problem.first_key(b, r / group) - begin, problem.end_key(b, r / group) - begin);
     __m512 top = _mm512_set1_ps(LOWEST), total = _mm512_setzero_ps();
     for (int64_t v = 0; v < vectors; ++v) top = _mm512_max_ps(top, _mm512_load_ps(each + v * LANES));
@@ -161,15 +192,17 @@ void range(const Problem& problem, const Range& keys_range, int64_t padded, cons
     }
     out.maximum[r] = maximum;
     out.sum[r] = _mm512_reduce_add_ps(total);
+    if (values.scales) rescale(each, values.scales, count);
   }
 
   std::fill(out.o, out.o + rows * padded, 0.0f);
-  for (int64_t step = 0; step < count; step += STEP)
+  for (int64_t step = 0; step < count; step += STEP) {
+    const int64_t now = std::min(STEP, count - step);
     by_rows(rows, [&](auto n, int64_t r) {
       constexpr int ROWS = decltype(n)::value;
-      mix<ROWS>(s + r * RANGE + step, std::min(STEP, count - step),
-                {values.data + step * values.stride, values.stride}, width, out.o + r * padded, padded);
+      mix<ROWS>(s + r * RANGE + step, now, values.from(step), width, out.o + r * padded, padded);
     });
+  }
 }
 
 // Outputs of one head from its ranges' results.
@@ -210,7 +243,11 @@ void attention_rows(const Problem& problem, const ParallelFor& parallel) {
   std::vector<Partial> partials;
   for (size_t i = 0; i < ranges.size(); ++i) partials.emplace_back(arena, rows, padded);
 
-  const auto item = [&](int64_t i) { range(problem, ranges[i], padded, partials[i]); };
+  const bool rounded = problem.cache && !problem.cache->keys.floats;
+  const auto item = [&](int64_t i) {
+    if (rounded) range<int8_t>(problem, ranges[i], padded, partials[i]);
+    else range<float>(problem, ranges[i], padded, partials[i]);
+  };
   if (keys * shape.head_dim * 2 * static_cast<int64_t>(sizeof(float)) < ALONE_BYTES)
     for (size_t i = 0; i < ranges.size(); ++i) item(i);
   else

@@ -109,14 +109,23 @@ void pack_values(const Head& head, int64_t count, const Layout& layout, uint32_t
 void pack_tile(const Problem& problem, const Packed& packed, const Layout& layout, int64_t tile) {
   const int64_t b = packed.b, begin = tile * TILE;
   const int64_t end = std::min(begin + TILE, problem.end_key(b, problem.shape.queries - 1));
+  const int64_t count = end - begin, at = tile - packed.first;
   write_cache(problem, b, packed.head, begin, end);
-  Head keys = keys_of(problem, b, packed.head), values = values_of(problem, b, packed.head);
-  keys.data += begin * keys.stride;
-  values.data += begin * values.stride;
-  const int64_t at = tile - packed.first;
-  pack_keys(keys, end - begin, layout, packed.keys + at * layout.key_tile(),
+  Head keys, values;
+  if (problem.cache && !problem.cache->keys.floats) {
+    static thread_local Buffer buffer;
+    const int64_t size = TILE * layout.width;
+    float* scratch = reinterpret_cast<float*>(buffer.get(2 * size * sizeof(float)));
+    keys = {scratch, layout.width}, values = {scratch + size, layout.width};
+    dequantize(keys_of<int8_t>(problem, b, packed.head, begin), count, layout.width, scratch);
+    dequantize(values_of<int8_t>(problem, b, packed.head, begin), count, layout.width, scratch + size);
+  } else {
+    keys = keys_of<float>(problem, b, packed.head, begin);
+    values = values_of<float>(problem, b, packed.head, begin);
+  }
+  pack_keys(keys, count, layout, packed.keys + at * layout.key_tile(),
             packed.means + at / LANES * LANES * layout.width + at % LANES);
-  pack_values(values, end - begin, layout, packed.values + at * layout.value_tile());
+  pack_values(values, count, layout, packed.values + at * layout.value_tile());
 }
 
 // s[r][n] = q[r] . k[n], for 16 * N keys of a chunk.

@@ -9,8 +9,6 @@ namespace vlm_edge {
 namespace {
 
 constexpr size_t kRows = 6;      // of x at a time: 6 x 4 sums, 4 weights and a broadcast in 32 registers
-constexpr size_t kShortest = 48;  // rows of x that are worth packing columns for
-constexpr size_t kTasks = 16;    // enough for a few threads to end at about the same time
 
 // sum += products of four unsigned with four signed bytes. With the intrinsic GCC 12 keeps two copies
 // of each sum, which do not fit into the registers, and is less than half as fast.
@@ -20,9 +18,8 @@ ALWAYS_INLINE void add_products(__m512i& sum, __m512i w, __m512i x) {
 
 // Columns [column, column + 64) of W as [k / 4][column][4 of k], columns in order, blocks padded.
 template <class Weights>
-void pack(const Linear& layer, const Blocks& blocks, size_t column, uint8_t* panel) {
+void pack(const Linear& layer, const Blocks& blocks, size_t column, __mmask64 mask, uint8_t* panel) {
   const size_t stride = Weights::bytes(layer.n);
-  const __mmask64 mask = columns_mask(layer.n - column);
   for (size_t b = 0; b < blocks.count; ++b) {
     const uint8_t* w = layer.weight + b * blocks.size * stride + Weights::bytes(column);
     const size_t rows = blocks.rows(b);
@@ -39,13 +36,15 @@ void pack(const Linear& layer, const Blocks& blocks, size_t column, uint8_t* pan
 
 // M rows of x against a panel; y points at its first column, `mask` says which columns exist.
 template <size_t M>
-void multiply(const Linear& layer, const Blocks& blocks, const uint8_t* panel, const Quantized& x,
-              size_t row, size_t column, float* y, __mmask64 mask) {
+void multiply(const Linear& layer, const uint8_t* panel, const Quantized& x, size_t row, size_t column,
+              Matrix y, __mmask64 mask) {
+  const Blocks& blocks = x.blocks;
+  const int offset = layer.format == WeightFormat::kInt8 ? Int8Weights::kOffset : Int4Weights::kOffset;
   const size_t q_stride = blocks.row_bytes();
   for (size_t b = 0; b < blocks.count; ++b) {
     __m512i acc[M][4];
     unrolled<M>([&](auto m) INLINED {
-      __m512i start = _mm512_set1_epi32(x.start.get()[(row + m) * blocks.count + b]);
+      __m512i start = _mm512_set1_epi32(-offset * x.sum.get()[(row + m) * blocks.count + b]);
       unrolled<4>([&](auto i) INLINED { acc[m][i] = start; });
     });
     const int8_t* q = x.q.get() + row * q_stride + b * blocks.padded;
@@ -65,7 +64,7 @@ void multiply(const Linear& layer, const Blocks& blocks, const uint8_t* panel, c
       __m512 w_scale = _mm512_maskz_loadu_ps(columns, layer.scale + (blocks.scaled ? b * layer.n : 0) + at);
       __m512 bias = layer.bias ? _mm512_maskz_loadu_ps(columns, layer.bias + at) : _mm512_setzero_ps();
       unrolled<M>([&](auto m) INLINED {
-        float* out = y + m * layer.n + 16 * i;
+        float* out = y.data + m * y.stride + 16 * i;
         __m512 x_scale = _mm512_set1_ps(x.scale.get()[(row + m) * blocks.scales() + (blocks.scaled ? b : 0)]);
         __m512 before = b ? _mm512_maskz_loadu_ps(columns, out) : bias;
         __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m][i]), x_scale);
@@ -75,32 +74,21 @@ void multiply(const Linear& layer, const Blocks& blocks, const uint8_t* panel, c
   }
 }
 
-using Multiply = void (*)(const Linear&, const Blocks&, const uint8_t*, const Quantized&, size_t, size_t,
-                          float*, __mmask64);
+using Multiply = void (*)(const Linear&, const uint8_t*, const Quantized&, size_t, size_t, Matrix, __mmask64);
 constexpr Multiply kMultiply[kRows] = {multiply<1>, multiply<2>, multiply<3>,
                                        multiply<4>, multiply<5>, multiply<6>};
 
 }  // namespace
 
-void gemm(const Linear& layer, const Blocks& blocks, size_t m, const Quantized& x, float* y,
-          const ParallelFor& parallel_for) {
-  // A narrow layer has few panels: then the rows are split too, and a panel is packed more than once.
-  const size_t panels = (layer.n + kColumns - 1) / kColumns;
-  const size_t wanted = std::min((kTasks + panels - 1) / panels, std::max<size_t>(1, m / kShortest));
-  const size_t chunk = ((m + wanted - 1) / wanted + kRows - 1) / kRows * kRows;
-  const size_t chunks = (m + chunk - 1) / chunk;
-  auto pack_columns = layer.format == WeightFormat::kInt8 ? pack<Int8Weights> : pack<Int4Weights>;
-  parallel_for(panels * chunks, [&](size_t task) {
-    const size_t column = task / chunks * kColumns;
-    const size_t begin = task % chunks * chunk, end = std::min(m, begin + chunk);
-    const __mmask64 mask = columns_mask(layer.n - column);
-    Scratch<uint8_t> panel(blocks.row_bytes() * kColumns);
-    pack_columns(layer, blocks, column, panel.get());
-    for (size_t row = begin; row < end; row += kRows) {
-      kMultiply[std::min(kRows, end - row) - 1](layer, blocks, panel.get(), x, row, column,
-                                                y + row * layer.n + column, mask);
-    }
-  });
+void gemm(const Linear& layer, const Quantized& x, const Part& part, Matrix y) {
+  const __mmask64 mask = columns_mask(part.columns);
+  Scratch<uint8_t> panel(x.blocks.row_bytes() * kColumns);
+  (layer.format == WeightFormat::kInt8 ? pack<Int8Weights> : pack<Int4Weights>)(layer, x.blocks, part.column,
+                                                                               mask, panel.get());
+  for (size_t row = 0; row < part.rows; row += kRows) {
+    kMultiply[std::min(kRows, part.rows - row) - 1](layer, panel.get(), x, part.row + row, part.column,
+                                                    {y.data + row * y.stride, y.stride}, mask);
+  }
 }
 
 }  // namespace vlm_edge

@@ -9,9 +9,7 @@ namespace vlm_edge {
 namespace {
 
 constexpr size_t kRows = 128;      // of W in a tile, as many as the hardware can have in flight
-constexpr size_t kStripe = 1024;   // columns of a task, at most
-constexpr size_t kAhead = 8192;    // bytes of weights between what is computed and what is fetched
-constexpr size_t kAlone = 65536;   // bytes of weights below which a second thread does not pay
+constexpr size_t kAhead = 8192;   // bytes of weights between what is computed and what is fetched
 
 // Up to kRows rows of 64 columns of W, for M rows of x.
 //
@@ -53,10 +51,11 @@ ALWAYS_INLINE void add_to(float* y, __m512i acc[4], float x_scale, const float* 
   });
 }
 
-// Columns [begin, end) of y.
+// `part` of M rows; the first column of y is the part's.
 template <class Weights, size_t M>
-void stripe(const Linear& layer, const Blocks& blocks, const Quantized& x, float* y, size_t begin,
-            size_t end) {
+void stripe(const Linear& layer, const Quantized& x, const Part& part, Matrix y) {
+  const Blocks& blocks = x.blocks;
+  const size_t begin = part.column, end = begin + part.columns;
   const size_t stride = Weights::bytes(layer.n), groups = (end - begin + kColumns - 1) / kColumns;
   const size_t group_bytes = Weights::bytes(kColumns);
   const uint8_t* corner = layer.weight + Weights::bytes(begin);
@@ -65,7 +64,7 @@ void stripe(const Linear& layer, const Blocks& blocks, const Quantized& x, float
     const float* w_scale = layer.scale + (blocks.scaled ? b * layer.n : 0);
     for (size_t top = 0, rows = blocks.rows(b); top < rows; top += kRows) {
       const uint8_t* w = corner + (b * blocks.size + top) * stride;
-      const int8_t* q = x.q.get() + b * blocks.padded + top;
+      const int8_t* q = x.q.get() + part.row * blocks.row_bytes() + b * blocks.padded + top;
       const size_t here = std::min(kRows, rows - top);
       const bool starts = top == 0, ends = top + here == rows;
       const size_t ahead = kAhead / (here * group_bytes);  // tiles
@@ -78,7 +77,7 @@ void stripe(const Linear& layer, const Blocks& blocks, const Quantized& x, float
         __m512i acc[M][4];
         unrolled<M>([&](auto m) INLINED {
           unrolled<4>([&](auto i) INLINED {
-            acc[m][i] = starts ? _mm512_set1_epi32(x.start.get()[m * blocks.count + b])
+            acc[m][i] = starts ? _mm512_set1_epi32(-Weights::kOffset * x.sum.get()[(part.row + m) * blocks.count + b])
                                : _mm512_load_si512(&sums[m][g * kColumns + 16 * i]);
           });
         });
@@ -93,8 +92,8 @@ void stripe(const Linear& layer, const Blocks& blocks, const Quantized& x, float
         }
         unrolled<M>([&](auto m) INLINED {
           if (ends) {
-            float x_scale = x.scale.get()[m * blocks.scales() + (blocks.scaled ? b : 0)];
-            add_to(y + m * layer.n + column, acc[m], x_scale, w_scale + column,
+            float x_scale = x.scale.get()[(part.row + m) * blocks.scales() + (blocks.scaled ? b : 0)];
+            add_to(y.data + m * y.stride + g * kColumns, acc[m], x_scale, w_scale + column,
                    layer.bias ? layer.bias + column : nullptr, b == 0, mask);
           } else {
             unrolled<4>([&](auto i) INLINED {
@@ -108,36 +107,20 @@ void stripe(const Linear& layer, const Blocks& blocks, const Quantized& x, float
 }
 
 template <class Weights>
-void stripe_of(size_t m, const Linear& layer, const Blocks& blocks, const Quantized& x, float* y,
-               size_t begin, size_t end) {
-  switch (m) {
-    case 1: return stripe<Weights, 1>(layer, blocks, x, y, begin, end);
-    case 2: return stripe<Weights, 2>(layer, blocks, x, y, begin, end);
-    case 3: return stripe<Weights, 3>(layer, blocks, x, y, begin, end);
-    default: return stripe<Weights, 4>(layer, blocks, x, y, begin, end);
+void stripe_of(const Linear& layer, const Quantized& x, const Part& part, Matrix y) {
+  switch (part.rows) {
+    case 1: return stripe<Weights, 1>(layer, x, part, y);
+    case 2: return stripe<Weights, 2>(layer, x, part, y);
+    case 3: return stripe<Weights, 3>(layer, x, part, y);
+    default: return stripe<Weights, 4>(layer, x, part, y);
   }
 }
 
 }  // namespace
 
-void gemv(const Linear& layer, const Blocks& blocks, size_t m, const Quantized& x, float* y,
-          const ParallelFor& parallel_for) {
+void gemv(const Linear& layer, const Quantized& x, const Part& part, Matrix y) {
   const bool int8 = layer.format == WeightFormat::kInt8;
-  const size_t bytes = layer.k * (int8 ? Int8Weights::bytes(layer.n) : Int4Weights::bytes(layer.n));
-  // Stripes narrow enough for a few tasks of each thread, in whole cache lines of a row.
-  const size_t unit = int8 ? kColumns : 2 * kColumns;
-  size_t width = bytes < kAlone ? layer.n : std::max(unit, layer.n / 4 / unit * unit);
-  width = std::min(width, kStripe);
-  auto run = int8 ? stripe_of<Int8Weights> : stripe_of<Int4Weights>;
-  auto task = [&](size_t i) {
-    run(m, layer, blocks, x, y, i * width, std::min(layer.n, (i + 1) * width));
-  };
-  const size_t tasks = (layer.n + width - 1) / width;
-  if (bytes < kAlone) {
-    for (size_t i = 0; i < tasks; ++i) task(i);
-  } else {
-    parallel_for(tasks, task);
-  }
+  (int8 ? stripe_of<Int8Weights> : stripe_of<Int4Weights>)(layer, x, part, y);
 }
 
 }  // namespace vlm_edge

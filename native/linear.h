@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "parallel.h"
 
@@ -28,10 +29,24 @@ struct Linear {
   const float* scale;     // [n], or [k / block, n]
   const float* bias;      // [n] or null
   size_t block;           // rows of W that share a scale; 0: all of them
+
+  size_t bytes() const { return format == WeightFormat::kInt8 ? k * n : k * n / 2; }
 };
 
-// x float32 [m, k], y float32 [m, n].
-void linear(const Linear& layer, size_t m, const float* x, float* y, const ParallelFor& parallel_for);
+// Layers of the same k that share an input, and what stands around them in a transformer.
+struct LinearGroup {
+  std::vector<Linear> layers;
+  const float* norm;  // [k] or null; x is first replaced by x / sqrt(mean(x^2) + epsilon) * norm
+  float epsilon;
+  bool gated;         // two layers of the same n have one output: silu(first) * second
+
+  size_t outputs() const { return gated ? 1 : layers.size(); }
+};
+
+// x float32 [m, k]; y[i] float32 [m, n] for each output; residual float32 [m, n] or null is added to
+// the output of a single layer.
+void linears(const LinearGroup& group, size_t m, const float* x, const float* residual,
+             const std::vector<float*>& y, const ParallelFor& parallel_for);
 
 // K cut into blocks; each block of q starts at a multiple of 4 and is padded with zeros to one.
 // Without scales for blocks there is still a cut where a sum could overflow 32 bits.
@@ -48,6 +63,9 @@ struct Blocks {
         padded((size + 3) / 4 * 4),
         scaled(layer.block != 0) {}
 
+  bool operator==(const Blocks& other) const {
+    return k == other.k && size == other.size && scaled == other.scaled;
+  }
   size_t rows(size_t block) const { return std::min(size, k - block * size); }
   size_t row_bytes() const { return count * padded; }  // of q
   size_t scales() const { return scaled ? count : 1; }  // of a row of x
@@ -72,24 +90,39 @@ class Scratch {
 
 // Rows of x as the kernels want them.
 struct Quantized {
-  Scratch<int8_t> q;      // [m, blocks.row_bytes()]
-  Scratch<float> scale;   // [m, blocks.scales()]
-  Scratch<int32_t> start;  // [m, blocks.count]: -offset * sum(q), where each sum of products begins
+  Blocks blocks;
+  Scratch<int8_t> q;     // [m, blocks.row_bytes()]
+  Scratch<float> scale;  // [m, blocks.scales()]
+  Scratch<int32_t> sum;  // [m, blocks.count], of q
 
-  Quantized(const Blocks& blocks, size_t m)
-      : q(m * blocks.row_bytes()), scale(m * blocks.scales()), start(m * blocks.count) {}
+  Quantized(const Blocks& cut, size_t m)
+      : blocks(cut), q(m * cut.row_bytes()), scale(m * cut.scales()), sum(m * cut.count) {}
 };
 
-// Rows [begin, end) of x.
-void quantize(const Blocks& blocks, int offset, const float* x, size_t begin, size_t end,
-              const Quantized& out);
+// Row `m` of x, or what the norm made of it.
+void quantize(const float* row, size_t m, const Quantized& out);
 
-// Few rows: streams the weights once, at the speed of memory.
-void gemv(const Linear& layer, const Blocks& blocks, size_t m, const Quantized& x, float* y,
-          const ParallelFor& parallel_for);
+// y = x / sqrt(mean(x^2) + epsilon) * norm, k values; the mean is a sum of doubles.
+void normalise(const float* x, const float* norm, float epsilon, size_t k, float* y);
 
-// Many rows: packs 64 columns at a time and computes at the speed of the processor.
-void gemm(const Linear& layer, const Blocks& blocks, size_t m, const Quantized& x, float* y,
-          const ParallelFor& parallel_for);
+// A rectangle of an output.
+struct Part {
+  size_t row, rows, column, columns;
+};
+
+struct Matrix {
+  float* data;
+  size_t stride;  // values from row to row
+};
+
+inline constexpr size_t kStreamed = 4;    // rows up to which weights are not packed
+inline constexpr size_t kStripe = 1024;   // columns that gemv computes at once, at most
+inline constexpr size_t kColumns = 64;    // a group of columns: what gemm computes at once, at most
+
+// A part of x @ W + bias, written to y. Few rows: streams the weights once, at the speed of memory.
+void gemv(const Linear& layer, const Quantized& x, const Part& part, Matrix y);
+
+// Many rows: packs the columns and computes at the speed of the processor.
+void gemm(const Linear& layer, const Quantized& x, const Part& part, Matrix y);
 
 }  // namespace vlm_edge

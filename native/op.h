@@ -75,6 +75,11 @@ struct Node {
     check(api, call(api, ort::KernelInfoGetInputCount, info, &count));
     return count;
   }
+  size_t outputs() const {
+    size_t count = 0;
+    check(api, call(api, ort::KernelInfoGetOutputCount, info, &count));
+    return count;
+  }
   // Whether the input is there: an optional one may be left out, or be an empty name.
   bool has(size_t index) const {
     size_t size = 0;  // with the final zero
@@ -93,17 +98,34 @@ struct Node {
   }
   int64_t attribute(const char* name, int64_t otherwise) const {
     int64_t value = otherwise;
-    OrtStatus* status = call(api, ort::KernelInfoGetAttributeInt, info, name, &value);
-    if (!status) return value;
-    call(api, ort::ReleaseStatus, status);
-    return otherwise;
+    return there(call(api, ort::KernelInfoGetAttributeInt, info, name, &value)) ? value : otherwise;
   }
   float attribute(const char* name, float otherwise) const {
     float value = otherwise;
-    OrtStatus* status = call(api, ort::KernelInfoGetAttributeFloat, info, name, &value);
-    if (!status) return value;
-    call(api, ort::ReleaseStatus, status);
-    return otherwise;
+    return there(call(api, ort::KernelInfoGetAttributeFloat, info, name, &value)) ? value : otherwise;
+  }
+  // Empty where there is none.
+  std::string text(const char* name) const {
+    return sized<std::string>(ort::KernelInfoGetAttributeString, name).c_str();  // less the final zero
+  }
+  std::vector<int64_t> integers(const char* name) const {
+    return sized<std::vector<int64_t>>(ort::KernelInfoGetAttributeInts, name);
+  }
+
+ private:
+  bool there(OrtStatus* status) const {
+    if (status) call(api, ort::ReleaseStatus, status);
+    return !status;
+  }
+  // Asked twice: for the size, then for the values.
+  template <class Values, class Entry>
+  Values sized(Entry entry, const char* name) const {
+    size_t size = 0;
+    typename Values::value_type* none = nullptr;
+    if (!there(call(api, entry, info, name, none, &size)) || size == 0) return {};
+    Values values(size, 0);
+    check(api, call(api, entry, info, name, values.data(), &size));
+    return values;
   }
 };
 
@@ -146,6 +168,21 @@ struct Shapes {
   const OrtApi& api;
   OrtShapeInferContext* context;
 
+  size_t inputs() const {
+    size_t count = 0;
+    check(api, call(api, ort::ShapeInferGetInputCount, context, &count));
+    return count;
+  }
+  // Whether the attribute is there and is not empty.
+  bool has_text(const char* name) const {
+    const OrtOpAttr* attribute = nullptr;
+    char value[64];
+    size_t size = 0;
+    OrtStatus* status = call(api, ort::ShapeInferGetAttribute, context, name, &attribute);
+    if (!status) status = call(api, ort::ReadOpAttr, attribute, kString, value, sizeof value, &size);
+    if (status) call(api, ort::ReleaseStatus, status);
+    return !status && size > 0;
+  }
   Shape input(size_t index) const {
     OrtTensorInfo* info = nullptr;
     check(api, call(api, ort::ShapeInferGetInput, context, index, &info));

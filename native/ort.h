@@ -20,11 +20,13 @@ struct OrtKernelContext;
 struct OrtShapeInferContext;
 struct OrtValue;
 struct OrtCustomOp;
+struct OrtOpAttr;
 struct OrtTensorInfo;  // OrtTensorTypeAndShapeInfo
 
 enum OrtErrorCode : int { kOrtFail = 1, kOrtInvalidArgument = 2 };
 enum OrtElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kBool = 9 };
 enum OrtCharacteristic : int { kRequired = 0, kOptional = 1, kVariadic = 2 };
+enum OrtOpAttrType : int { kString = 5 };
 enum OrtMemoryType : int { kDefaultMemory = 0 };
 
 struct OrtApi {
@@ -68,13 +70,18 @@ inline constexpr OrtEntry<Status(const OrtTensorInfo*, const char**, size_t)> Ge
 inline constexpr OrtEntry<Status(const OrtValue*, OrtTensorInfo**)> GetTensorTypeAndShape{65};
 inline constexpr OrtEntry<Status(const OrtKernelInfo*, const char*, float*)> KernelInfoGetAttributeFloat{85};
 inline constexpr OrtEntry<Status(const OrtKernelInfo*, const char*, int64_t*)> KernelInfoGetAttributeInt{86};
+inline constexpr OrtEntry<Status(const OrtKernelInfo*, const char*, char*, size_t*)>
+    KernelInfoGetAttributeString{87};
 inline constexpr OrtEntry<Status(const OrtKernelContext*, size_t*)> KernelContextGetInputCount{88};
 inline constexpr OrtEntry<Status(const OrtKernelContext*, size_t, const OrtValue**)> KernelContextGetInput{90};
 inline constexpr OrtEntry<Status(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>
     KernelContextGetOutput{91};
 inline constexpr OrtEntry<void(OrtStatus*)> ReleaseStatus{93};
 inline constexpr OrtEntry<void(OrtTensorInfo*)> ReleaseTensorTypeAndShapeInfo{99};
+inline constexpr OrtEntry<Status(const OrtKernelInfo*, const char*, int64_t*, size_t*)>
+    KernelInfoGetAttributeInts{163};
 inline constexpr OrtEntry<Status(const OrtKernelInfo*, size_t*)> KernelInfoGetInputCount{230};
+inline constexpr OrtEntry<Status(const OrtKernelInfo*, size_t*)> KernelInfoGetOutputCount{231};
 inline constexpr OrtEntry<Status(const OrtKernelInfo*, size_t, char*, size_t*)> KernelInfoGetInputName{232};
 inline constexpr OrtEntry<Status(const OrtKernelInfo*, size_t, int*, const OrtValue**)>
     KernelInfoGetConstantInput{249};
@@ -83,6 +90,9 @@ inline constexpr OrtEntry<Status(const OrtShapeInferContext*, size_t, OrtTensorI
 inline constexpr OrtEntry<Status(const OrtShapeInferContext*, size_t, const OrtTensorInfo*)>
     ShapeInferSetOutput{270};
 inline constexpr OrtEntry<Status(OrtTensorInfo*, const char**, size_t)> SetSymbolicDimensions{271};
+inline constexpr OrtEntry<Status(const OrtShapeInferContext*, const char*, const OrtOpAttr**)>
+    ShapeInferGetAttribute{269};
+inline constexpr OrtEntry<Status(const OrtOpAttr*, OrtOpAttrType, void*, size_t, size_t*)> ReadOpAttr{272};
 inline constexpr OrtEntry<
     Status(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>
     KernelContextParallelFor{274};

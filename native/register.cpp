@@ -1,7 +1,7 @@
 // The library's entry points: the list of operators, and whether this processor can run them.
 
 #include "attention_op.h"
-#include "linear_op.h"
+#include "linears_op.h"
 #include "op.h"
 
 #define VLM_EDGE_EXPORT extern "C" __attribute__((visibility("default")))
@@ -23,8 +23,8 @@ OrtCustomOpDomain* make_domain(const OrtApi& api) {
   for (const OrtCustomOp* each : {
            op<Attention>(api),
            op<CachedAttention>(api),
-           op<LinearInt8>(api),
-           op<LinearInt4>(api),
+           op<CachedAttentionInt8>(api),
+           op<Linears>(api),
        }) {
     check(api, call(api, ort::CustomOpDomainAdd, domain, each));
   }

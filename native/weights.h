@@ -5,11 +5,10 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "linear.h"
 
 KERNELS_BEGIN
 namespace vlm_edge {
-
-inline constexpr size_t kColumns = 64;  // read together; a group of columns
 
 struct Int8Weights {
   static constexpr int kOffset = 128;

@@ -149,7 +149,7 @@ class OrtDecoder:
         self._step = None  # its bindings point at the old arrays
         for name, new in empty_cache(self._settings, capacity).items():
             new[:, :, : self.length] = self._caches[name][:, :, : self.length]
-            self._caches[name] = new  # one by one: the old one's memory goes back before the next copy
+            self._caches[name] = new  # the old one's memory goes back before the next copy
 
 
 class _Step:

@@ -1,7 +1,8 @@
-"""LinearInt8 and LinearInt4 for tests: a session with one node, and the same sum in numpy."""
+"""Linears for tests: a session with one node, and the same sums in numpy."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +13,22 @@ import onnxruntime
 from vlm_edge.runtime import native
 
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
-KINDS = {"LinearInt8": 127, "LinearInt4": 7}  # the largest weight; int4 also has -8
+BITS = {8: 127, 4: 7}  # the largest weight; int4 also has -8
 
 
 @dataclass(frozen=True)
 class Layer:
-    """weight int8 [k, n] whatever the kind, scale float32 [n] or [k / block, n], bias [n] or None."""
+    """weight int8 [k, n] whatever the bits, scale float32 [n] or [k / block, n], bias [n] or None."""
 
-    kind: str
+    bits: int
     weight: np.ndarray
     scale: np.ndarray
     bias: np.ndarray | None = None
 
     @property
     def stored(self) -> np.ndarray:
-        if self.kind == "LinearInt8":
-            return self.weight
+        if self.bits == 8:
+            return self.weight.view(np.uint8)
         nibbles = (self.weight & 15).astype(np.uint8)
         return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
@@ -58,14 +59,37 @@ class Layer:
         return self.weight * scale.repeat(len(self.weight) // len(scale), axis=0)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Layers of one input; norm float32 [k]; `adds` a residual, which is an input of the graph."""
+
+    layers: Sequence[Layer]
+    norm: np.ndarray | None = None
+    epsilon: float = 1e-5
+    gate: str = ""
+    adds: bool = False
+
+    def expected(self, x: np.ndarray, residual: np.ndarray | None = None) -> list[np.ndarray]:
+        if self.norm is not None:
+            mean = np.square(x, dtype=np.float64).mean(-1, keepdims=True)
+            factor = (1 / np.sqrt(mean + np.float32(self.epsilon))).astype(np.float32)
+            x = x * factor * self.norm
+        y = [layer.expected(x) for layer in self.layers]
+        if self.gate:
+            first = y[0].astype(np.float64)
+            with np.errstate(over="ignore"):
+                y = [(first / (1 + np.exp(-first)) * y[1]).astype(np.float32)]
+        return y if residual is None else [y[0] + residual]
+
+
 def random_layer(
-    rng: np.random.Generator, kind: str, k: int, n: int, block: int | None, bias: bool
+    rng: np.random.Generator, bits: int, k: int, n: int, block: int | None, bias: bool
 ) -> Layer:
-    top = KINDS[kind]
+    top = BITS[bits]
     shape = (n,) if block is None else (k // block, n)
     return Layer(
-        kind,
-        rng.integers(-top - (kind == "LinearInt4"), top + 1, (k, n), dtype=np.int8),
+        bits,
+        rng.integers(-top - (bits == 4), top + 1, (k, n), dtype=np.int8),
         rng.uniform(0.5, 2, shape).astype(np.float32),
         rng.standard_normal(n, dtype=np.float32) if bias else None,
     )
@@ -82,21 +106,48 @@ def constant(name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
 
 
 def model(
-    kind: str, weight: Any, scale: Any, bias: Any = None, x: tuple[Any, ...] = ("rows", None)
+    weights: Sequence[tuple[Any, Any, Any]],
+    x: tuple[Any, ...] = ("rows", None),
+    *,
+    bits: Sequence[int] | None = None,
+    norm: Any = None,
+    epsilon: float = 1e-5,
+    residual: tuple[Any, ...] | None = None,
+    gate: str = "",
+    outputs: int | None = None,
 ) -> ir.Model:
-    """One node over an input x of this shape; weight, scale and bias as stored."""
-    given = ir.Value(name="x", type=FLOAT, shape=ir.Shape(x))
-    parts = {"weight": weight, "scale": scale, "bias": bias}
-    constants = [constant(name, part) for name, part in parts.items() if part is not None]
-    y = ir.Value(name="y", type=FLOAT)
-    node = ir.Node("vlm_edge", kind, [given, *constants], outputs=[y])
+    """One node over an input x of this shape; (weight, scale, bias or None) as stored, times up to three.
+
+    `residual` is the shape of an input of that name; bits are of int8 weights unless given.
+    """
+    given = [ir.Value(name="x", type=FLOAT, shape=ir.Shape(x))]
+    inputs: list[ir.Value | None] = [given[0]]
+    constants = []
+
+    def add(name: str, array: Any) -> None:
+        inputs.append(None if array is None else constant(name, array))
+        constants.extend(inputs[-1:] if array is not None else [])
+
+    add("norm", norm)
+    if residual is not None:
+        given.append(ir.Value(name="residual", type=FLOAT, shape=ir.Shape(residual)))
+    inputs.append(given[1] if residual is not None else None)
+    for i, parts in enumerate(weights):
+        for name, part in zip(("weight", "scale", "bias"), parts, strict=True):
+            add(f"{name}{i}", part)
+    bits = [8] * len(weights) if bits is None else bits
+    attributes = [ir.AttrInt64s("bits", bits)] if bits else []
+    attributes += [ir.AttrFloat32("epsilon", epsilon), ir.AttrString("gate", gate)]
+    count = (1 if gate else len(weights)) if outputs is None else outputs
+    made = [ir.Value(name=f"y{i}", type=FLOAT) for i in range(count)]
+    node = ir.Node("vlm_edge", "Linears", inputs, attributes, outputs=made)
     graph = ir.Graph(
-        [given],
-        [y],
+        given,
+        made,
         nodes=[node],
         initializers=constants,
         opset_imports={"": 21, "vlm_edge": 1},
-        name="linear",
+        name="linears",
     )
     return ir.Model(graph, ir_version=10)
 
@@ -110,11 +161,30 @@ def open_model(source: ir.Model | str, threads: int = 2) -> Any:
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
+def open_group(group: Group, threads: int = 2, rank: int = 2) -> Any:
+    first = tuple(f"d{i}" for i in range(rank - 1))
+    k, n = group.layers[0].weight.shape
+    return open_model(
+        model(
+            [(layer.stored, layer.scale, layer.bias) for layer in group.layers],
+            (*first, k),
+            bits=[layer.bits for layer in group.layers],
+            norm=group.norm,
+            epsilon=group.epsilon,
+            residual=(*first, n) if group.adds else None,
+            gate=group.gate,
+        ),
+        threads,
+    )
+
+
 def open_layer(layer: Layer, threads: int = 2, rank: int = 2) -> Any:
-    shape = tuple(f"d{i}" for i in range(rank - 1))
-    stored = model(layer.kind, layer.stored, layer.scale, layer.bias, (*shape, len(layer.weight)))
-    return open_model(stored, threads)
+    return open_group(Group([layer]), threads, rank)
 
 
 def run(session: Any, x: np.ndarray) -> np.ndarray:
-    return session.run(None, {"x": x})[0]
+    return run_all(session, x)[0]
+
+
+def run_all(session: Any, x: np.ndarray, residual: np.ndarray | None = None) -> list[np.ndarray]:
+    return session.run(None, {"x": x} | ({} if residual is None else {"residual": residual}))

@@ -21,9 +21,10 @@ CASES = [("clip-llama", "fp32"), ("clip-llama-native", "fp32"), ("clip-mistral-w
 WINDOWS = CASES[2:4]
 # Sums of float32 in another order (kernels differ by the number of rows); logits are of order 3.
 TOLERANCE = 2e-5
-# In a quantized model ONNX Runtime rounds activations to int8; rounding differences of one unit there
-# become visible ones, so only the float cases are compared that closely.
-TOLERANCE_INT4 = 0.15
+# In a quantized model activations are rounded to int8, and our kernels attend in float32 for a few
+# queries and in bfloat16 for many: rounding differences of one unit become visible ones. One stale key
+# of a hundred is off by four times this, a position by eight times.
+RELATIVE_INT4 = 0.05
 
 Open = Callable[..., OrtDecoder]
 
@@ -55,13 +56,12 @@ def embeds(
     return np.random.default_rng(seed).standard_normal((1, count, width)).astype(np.float32)
 
 
-def tolerance(key: tuple[str, str]) -> float:
-    return TOLERANCE if key[1] == "fp32" else TOLERANCE_INT4
-
-
 def same(found: np.ndarray, expected: np.ndarray, key: tuple[str, str]) -> None:
     """Failing here points at the cache: positions, masks, write_indices or what a growth copies."""
-    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance(key))
+    if key[1] == "fp32":
+        np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
+    else:
+        assert np.linalg.norm(found - expected) < RELATIVE_INT4 * np.linalg.norm(expected)
     assert np.abs(expected).max() > 0.5  # there is something to compare
 
 

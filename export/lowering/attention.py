@@ -1,7 +1,8 @@
 """Where a portable graph attends over a cache, as one value: what each engine's own operator replaces.
 
-The portable form is RotaryEmbedding, TensorScatter into the cache, for int8 with its rounding
-(`layers/cache.py`), and Attention with a float mask (`language/llama.py`); engines have operators that do all of it and compute no masked score.
+The portable form is RotaryEmbedding, TensorScatter into the cache (under int8 with its rounding,
+`layers/cache.py`) and Attention with a float mask (`language/llama.py`); engines have operators that do
+all of it and compute no masked score.
 """
 
 from __future__ import annotations

@@ -3,17 +3,16 @@
 They read weights as they lie in the portable graph's file, in prefill and in decode alike, and quantize
 activations by themselves, block by block. Layers whose activations the graph quantizes are left to ONNX
 Runtime, which is faster there. Attention is computed in bfloat16 products and float32 sums, so only
-graphs that are quantized anyway are lowered.
+graphs that are quantized anyway, in their weights or in their cache, are lowered.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 
-from vlm_edge.export.lowering import attention
+from vlm_edge.export.lowering import attention, fused, rewrite
 from vlm_edge.export.lowering.cpu import Windows, integer_products
 
 DOMAIN = "vlm_edge"
@@ -23,23 +22,26 @@ def lower(portable: Path, windows: Windows) -> str | None:
     """Write the graph for our kernels beside the portable one, sharing its weights.
 
     Returns:
-        The file's name; None where no linear layer is quantized.
+        The file's name; None where neither a linear layer nor the cache is quantized.
     """
     model = ir.load(portable)
-    if not quantized_linears(model.graph) + integer_products(model):
+    rounded = any(site.rounded for site in attention.find(model.graph))
+    if not quantized_linears(model.graph) + integer_products(model) + rounded:
         return None
     cached_attention(model.graph, windows)
     plain_attention(model.graph)
     model.graph.opset_imports[DOMAIN] = 1
-    attention.clean(model)
+    rewrite.clean(model)  # who reads a value decides what is joined
+    fused.join(model.graph, DOMAIN)
+    rewrite.clean(model)
     path = portable.with_name(f"{portable.stem}.cpu-native.onnx")
     ir.save(model, path)
     return path.name
 
 
 def quantized_linears(graph: ir.Graph) -> int:
-    """Give every product of float activations and a quantized weight to LinearInt8 or LinearInt4; how
-    many there were."""
+    """Give every product of float activations and a quantized weight to LinearInt8 or LinearInt4, which
+    `fused.join` makes operators of; how many there were."""
     count = 0
     for node in list(graph):
         weight = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
@@ -54,9 +56,9 @@ def quantized_linears(graph: ir.Graph) -> int:
         if values.dtype == ir.DataType.INT4:
             if values.shape is None or values.shape[1] % 2:  # type: ignore[operator]  # never symbolic
                 continue  # a row would begin in the middle of a byte
-            kind, values = "LinearInt4", _bytes_of(graph, values)
+            kind, values = "LinearInt4", rewrite.bytes_of(graph, values)
         inputs, output = [x, values, scale], node.outputs[0]
-        added = attention.bias_of(output)
+        added = rewrite.bias_of(output)
         if added is not None:
             output, bias = added
             inputs.append(bias)
@@ -64,7 +66,7 @@ def quantized_linears(graph: ir.Graph) -> int:
         where = output.producer()
         assert where is not None
         graph.insert_after(where, linear)
-        attention.take_over(output, linear.outputs[0])
+        rewrite.take_over(output, linear.outputs[0])
         count += 1
     return count
 
@@ -84,17 +86,20 @@ def plain_attention(graph: ir.Graph) -> None:
             attributes["scale"] = scale  # type: ignore[assignment]  # 1 / sqrt(head_dim) otherwise
         own = ir.node("Attention", node.inputs[:3], attributes, domain=DOMAIN, name=node.name)
         graph.insert_after(node, own)
-        attention.take_over(node.outputs[0], own.outputs[0])
+        rewrite.take_over(node.outputs[0], own.outputs[0])
 
 
 def cached_attention(graph: ir.Graph, windows: Windows) -> None:
-    """Give rotation, cache update and attention of every layer to CachedAttention."""
+    """Give rotation, cache update and attention of every layer to CachedAttention(Int8)."""
     for site in attention.find(graph):
         if site.mask not in windows:
             continue
         own = ir.node(
-            "CachedAttention",
-            [site.query, site.key, site.value, site.cos, site.sin, *site.past, site.write_indices],
+            "CachedAttentionInt8" if site.rounded else "CachedAttention",
+            [
+                *(site.query, site.key, site.value, site.cos, site.sin),
+                *(*site.past[:2], site.write_indices, *site.past[2:]),
+            ],
             {
                 "num_heads": site.heads,
                 "kv_num_heads": site.kv_heads,
@@ -104,40 +109,10 @@ def cached_attention(graph: ir.Graph, windows: Windows) -> None:
                 "rotary_dim": site.rotary_dim,
             },
             domain=DOMAIN,
-            num_outputs=3,
+            num_outputs=1 + len(site.present),
         )
         where = site.output.producer()
         assert where is not None
         graph.insert_after(where, own)
         for old, new in zip((site.output, *site.present), own.outputs, strict=True):
-            attention.take_over(old, new)
-
-
-def _bytes_of(graph: ir.Graph, values: ir.Value) -> ir.Value:
-    """The INT4 initializer [in, out] as the bytes it is stored in, uint8 [in, out / 2]."""
-    name, tensor = f"{values.name}.bytes", values.const_value
-    if name in graph.initializers:
-        return graph.initializers[name]
-    assert tensor is not None and values.shape is not None
-    rows, columns = values.shape.numpy()
-    shape = ir.Shape([rows, columns // 2])
-    stored: ir.TensorProtocol
-    if isinstance(tensor, ir.ExternalTensor):
-        stored = ir.ExternalTensor(
-            tensor.location,
-            tensor.offset,
-            tensor.length,
-            ir.DataType.UINT8,
-            shape=shape,
-            name=name,
-            base_dir=tensor.base_dir,
-        )
-    else:
-        stored = ir.Tensor(
-            np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape.numpy()), name=name
-        )
-    value = ir.Value(
-        name=name, shape=shape, type=ir.TensorType(ir.DataType.UINT8), const_value=stored
-    )
-    graph.register_initializer(value)
-    return value
+            rewrite.take_over(old, new)

@@ -32,12 +32,15 @@ def lower(portable: Path, capacity: int) -> str | None:
 
     Raises:
         SettingError: a capacity below 1.
-        EngineFailure: a weight that TensorRT has no form for.
+        EngineFailure: a weight or a cache that TensorRT has no form for.
     """
     if capacity < 1:
         raise SettingError(f"capacity = {capacity}; it should be at least 1")
     model = ir.load(portable)
     _refuse_odd_int4(model.graph, portable.stem)
+    if any(value.dtype == ir.DataType.INT8 for value in model.graph.inputs):
+        reason = "TensorRT has no int8 cache (TensorScatter); export with --kv-cache float32"
+        raise EngineFailure(portable.stem, reason)
     if not freeze_capacity(model.graph, capacity) + columns_for_blocks(model.graph):
         return None
     path = portable.with_name(f"{portable.stem}.tensorrt.onnx")

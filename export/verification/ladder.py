@@ -153,8 +153,8 @@ class _Ladder:
         layers: Callable[[], dict[str, np.ndarray]] | None = None,
     ) -> Iterator[Rung]:
         engine = "llm" if name == "prefill logits" else name
-        entry = self._vlm.manifest.engines.get(engine)
-        self._exact = self._exact and (entry is None or entry.precision == "fp32")
+        manifest = self._vlm.manifest
+        self._exact = self._exact and (engine not in manifest.engines or manifest.exact(engine))
         if not self._exact:
             yield self._rung(name, "cosine", cosine(found, expected), None)
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ Parts = Mapping[str, Mapping[str, Any]]  # by name, `calibration.parts` of the m
 def by_kind(parts: Parts) -> Table:
     """A row for the layers that have the same place in every block, times added up over them; and a
     row for all layers of a part, with the error of the whole."""
-    table = _table("layers", "quantized", "largest error", "ms in float", "ms as written")
-    table.add_column("kept in float")
+    table = _table("layers", "stored in", "largest error", "ms in float", "ms as written")
+    table.add_column("kept in more bits")
     for part, entry in parts.items():
         kinds: dict[str, dict[str, Mapping[str, Any]]] = {}
         for path, layer in entry.get("layers", {}).items():
@@ -27,7 +28,7 @@ def by_kind(parts: Parts) -> Table:
             block, error = place(worst)[0], _error(entry, layers[worst]["error"])
             table.add_row(
                 f"{part} {kind}",
-                _quantized(layers),
+                _stored(layers),
                 f"{error} in {block}" if block and len(layers) > 1 else error,
                 *_times(layers),
                 kept(layers),
@@ -36,9 +37,7 @@ def by_kind(parts: Parts) -> Table:
             every = entry["layers"]
             whole = entry.get("relative_error", entry.get("kl"))
             error = "" if whole is None else f"together {_error(entry, whole)}"
-            table.add_row(
-                f"{part}, all", _quantized(every), error, *_times(every), "", style="bold"
-            )
+            table.add_row(f"{part}, all", _stored(every), error, *_times(every), "", style="bold")
         table.add_section()
     return table
 
@@ -46,7 +45,7 @@ def by_kind(parts: Parts) -> Table:
 def one_by_one(parts: Parts) -> Table:
     """A row for every layer."""
     table = _table("layer", "precision", "error", "ms float", "ms quantized")
-    table.add_column("why float")
+    table.add_column("why not in fewer bits")
     for part, entry in parts.items():
         for path, layer in entry.get("layers", {}).items():
             together = layer.get("measured_with", 1)
@@ -70,7 +69,7 @@ def place(path: str) -> tuple[str, str]:
 
 
 def kept(layers: Layers) -> str:
-    """Which layers stayed in float, by reason: `0, 9: budget`."""
+    """Which layers kept more bits than were asked for, by reason: `0, 9: budget`."""
     reasons: dict[str, list[str]] = {}
     for path, layer in layers.items():
         if "reason" in layer:
@@ -81,9 +80,10 @@ def kept(layers: Layers) -> str:
     )
 
 
-def _quantized(layers: Layers) -> str:
-    count = sum(layer["precision"] != "fp32" for layer in layers.values())
-    return f"{count} of {len(layers)}"
+def _stored(layers: Layers) -> str:
+    """`8 int8, 2 fp32`"""
+    counts = Counter(layer["precision"] for layer in layers.values())
+    return ", ".join(f"{count} {precision}" for precision, count in counts.most_common())
 
 
 def _times(layers: Layers) -> tuple[str, str]:

@@ -1,0 +1,34 @@
+// The operator Linears (domain vlm_edge, version 1): layers that share an input, in one start.
+//
+//   Linears(x float32 [..., K], norm float32 [K]?, residual float32 [..., N]?,
+//           weight uint8, scale float32, bias float32 [N]?, up to three times) -> float32 [..., N], ...
+//
+//   bits: 8 or 4 for each weight. Weights have the bytes of ONNX's tensor [K, N]: [K, N] of int8, or
+//         [K, N / 2] with two int4 in a byte. scale is [N] or [K / block, N].
+//   epsilon: of the norm. With `norm`, x is RMS-normalised before the layers read it.
+//   gate: "silu": two weights and one output, silu(first) * second. "": an output for each weight.
+//
+// residual is added to the output of a single weight. All but x and residual are initializers and
+// stay where they lie: in the mapped file. linear.h says what is computed.
+#pragma once
+
+#include "linear.h"
+#include "op.h"
+
+namespace vlm_edge {
+
+class Linears {
+ public:
+  static constexpr const char* kName = "Linears";
+  static const std::vector<Operand> kInputs, kOutputs;
+  static void infer(const Shapes& shapes);
+
+  explicit Linears(const Node& node);
+  void compute(const Call& call) const;
+
+ private:
+  LinearGroup group_;
+  bool adds_;  // a residual
+};
+
+}  // namespace vlm_edge
