@@ -100,7 +100,7 @@ def write_w8a8(
                 smoothing |= dict.fromkeys(found.weights, scales)
             ranges |= dict.fromkeys(found.weights, float((found.peaks / scales).max()))
     judge = Judge.of(part, settings, chosen, states, kept, scratch)
-    tried = []
+    tried: list[dict[str, Any]] = []
     for suffixes in STEPS:
         static = {path: peak for path, peak in ranges.items() if not path.endswith(suffixes)}
         figures = judge.write(name, part, W8A8(static, smoothing), folder, "w8a8", progress)

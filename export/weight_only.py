@@ -255,26 +255,25 @@ def write_int8(
     for method in candidates:
         tried[method] = write(method)
     best = min(tried, key=lambda method: tried[method]["kl"])
-    written, found = (method, frozenset[str]()), tried[best]
     studied = study(
         name, part, settings, lambda: WeightOnly(8, BLOCK8, smoothing=candidates[best]),
         judge.embeds, scratch, progress,
     )  # fmt: skip
-    aim, layers = limit, frozenset(_paths(part))
-    exact = frozenset[str]()
+    layers, exact = frozenset(_paths(part)), frozenset[str]()
+    said, written, aim = tried[best], (method, exact), limit
     for _ in range(TRIES):
-        if studied is not None:
-            choice = studied.choose(aim)
+        choice = None if studied is None else studied.choose(aim)
+        if choice is not None:
             exact = layers - choice.quantized
         if written != (best, exact):
-            found, written = write(best, exact), (best, exact)
-        if found["kl"] <= limit or studied is None or exact == layers:
+            said, written = write(best, exact), (best, exact)
+        if choice is None or said["kl"] <= limit or exact == layers:
             break
-        aim = min(aim * limit / found["kl"], float(np.nextafter(choice.error, 0)))
-    if budget is not None and (found["kl"] > budget or (layers and exact == layers)):
+        aim = min(aim * limit / said["kl"], float(np.nextafter(choice.error, 0)))
+    if budget is not None and (said["kl"] > budget or (layers and exact == layers)):
         raise unmet(name, budget, min(step["kl"] for step in tried.values()))
     report = {} if studied is None else studied.report(layers - exact, "int8")
-    return {"method": best, "budget_kl": limit, **found, "tried": tried, "layers": report}
+    return {"method": best, "budget_kl": limit, **said, "tried": tried, "layers": report}
 
 
 def thinned(data: CalibrationSet) -> tuple[list[int], list[int]]:

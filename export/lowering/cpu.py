@@ -70,10 +70,12 @@ def integer_products(model: ir.Model) -> int:
     graph = model.graph
     pairs = shift_activations(graph)
     for node in list(graph) if pairs else ():
-        sides = [_dequantized(value) for value in node.inputs] if node.op_type == "MatMul" else []
-        if len(sides) != 2 or sides[0] is None or sides[1] is None:
+        if node.op_type != "MatMul":
             continue
-        (x, x_scale, x_zero), (weight, scale, _) = sides
+        left, right = (_dequantized(value) for value in node.inputs)
+        if left is None or right is None:
+            continue
+        (x, x_scale, x_zero), (weight, scale, _) = left, right
         inputs, output = [x, weight, x_scale, scale, x_zero, None], node.outputs[0]
         added = rewrite.bias_of(output)
         if added is not None:

@@ -54,7 +54,7 @@ def quantized_linears(graph: ir.Graph) -> int:
             continue
         kind = "LinearInt8"
         if values.dtype == ir.DataType.INT4:
-            if values.shape is None or values.shape[1] % 2:  # type: ignore[operator]  # never symbolic
+            if values.shape is None or values.shape[1] % 2:
                 continue  # a row would begin in the middle of a byte
             kind, values = "LinearInt4", rewrite.bytes_of(graph, values)
         inputs, output = [x, values, scale], node.outputs[0]

@@ -29,8 +29,9 @@ def bias_of(product: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     if len(readers) != 1 or readers[0].op_type != "Add":
         return None
     for other in readers[0].inputs:
-        constant = other is not None and other is not product and other.is_initializer()
-        if constant and other.shape is not None and len(other.shape) == 1:
+        if other is None or other is product or not other.is_initializer():
+            continue
+        if other.shape is not None and len(other.shape) == 1:
             return readers[0].outputs[0], other
     return None
 
