@@ -139,7 +139,7 @@ def test_quantized_rows(tmp_path: Path) -> None:
 def test_only_the_rows_used_are_read(tmp_path: Path) -> None:
     np.save(tmp_path / "t.npy", np.zeros((4, 2), np.float32))
     found = Embeddings(tmp_path, EmbeddingSettings("t.npy", None, None))
-    assert isinstance(found._table, np.memmap)
+    assert isinstance(found._table.base, np.memmap)
     assert not found._table.flags.writeable
 
 

@@ -139,7 +139,9 @@ def test_import_and_every_module_of_the_runtime(installed: Installed) -> None:
     body = (
         "import importlib, pkgutil, vlm_edge, vlm_edge.runtime as r\n"
         "vlm_edge.VLM\n"
-        "for m in pkgutil.walk_packages(r.__path__, 'vlm_edge.runtime.'): importlib.import_module(m.name)"
+        "for m in pkgutil.walk_packages(r.__path__, 'vlm_edge.runtime.'):\n"
+        # ONNX Runtime's library of operators only looks like a module.
+        "    m.name.endswith('._kernels') or importlib.import_module(m.name)"
     )
     without_heavy(installed, body)
 
