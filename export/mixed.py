@@ -107,7 +107,7 @@ def study(
     tick: Tick,
     rows: int | None = None,
     frugal: bool = True,
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     for_size: bool = False,
 ) -> Study:
     """Measure every linear layer of a part.
@@ -123,7 +123,7 @@ def study(
         rows: of the calls that are timed; None: as many as in the first sample.
         frugal: leave the weights in their mapped file. Not for weight-only quantization: unpacked,
             its kernels keep activations in float, and packed they round them.
-        seconds: to be spent on the errors of layers.
+        seconds: to be spent on the errors of layers; None is SECONDS.
         for_size: as in `Study`.
     """
     path = scratch / f"{name}_switched.onnx"
@@ -143,13 +143,14 @@ def study(
     for done, (shape, layer) in enumerate(example.items()):
         times[shape] = layer_times.measure(shape, layer, quantizer(), scratch)
         tick(f"time {name} layers", done + 1, len(example))
+    limit = SECONDS if seconds is None else seconds
     samples = min(SAMPLES, board.samples)
-    if len(layers) * samples * board.seconds > seconds:
+    if len(layers) * samples * board.seconds > limit:
         samples = 1
     units = measure_layers(
         list(groups.values()),
         lambda paths: board.error(paths, samples),
-        int(seconds / (samples * board.seconds)),
+        int(limit / (samples * board.seconds)),
         lambda done, total: tick(f"sensitivity of {name}", done, total),
     )
     by_layer = {layer: times[shapes[layer]] for layer in layers}

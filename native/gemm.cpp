@@ -34,23 +34,52 @@ void pack(const Linear& layer, const Blocks& blocks, size_t column, __mmask64 ma
   }
 }
 
-// M rows of x against a panel; y points at its first column, `mask` says which columns exist.
+// Columns of W as they are met by every row.
+struct Panel {
+  Scratch<uint8_t> weights;  // what pack() makes
+  Scratch<float> scale;      // [blocks or 1][kColumns], zeros where there is no column
+  alignas(64) float bias[kColumns];
+  int offset;
+
+  Panel(const Linear& layer, const Blocks& blocks, size_t column, __mmask64 mask)
+      : weights(blocks.row_bytes() * kColumns), scale(blocks.scales() * kColumns) {
+    const bool int8 = layer.format == WeightFormat::kInt8;
+    offset = int8 ? Int8Weights::kOffset : Int4Weights::kOffset;
+    (int8 ? pack<Int8Weights> : pack<Int4Weights>)(layer, blocks, column, mask, weights.get());
+    for (size_t i = 0; i < kColumns; i += 16) {
+      const __mmask16 exist = __mmask16(mask >> i);
+      for (size_t b = 0; b < blocks.scales(); ++b)
+        _mm512_store_ps(scale.get() + b * kColumns + i,
+                        _mm512_maskz_loadu_ps(exist, layer.scale + b * layer.n + column + i));
+      const float* from = layer.bias + column + i;
+      _mm512_store_ps(bias + i, layer.bias ? _mm512_maskz_loadu_ps(exist, from) : _mm512_setzero_ps());
+    }
+  }
+};
+
+// M rows of x, from `row`, against a panel.
 template <size_t M>
-void multiply(const Linear& layer, const uint8_t* panel, const Quantized& x, size_t row, size_t column,
-              Matrix y, __mmask64 mask) {
+void multiply(const Panel& panel, const Quantized& x, size_t row, float* tile) {
   const Blocks& blocks = x.blocks;
-  const int offset = layer.format == WeightFormat::kInt8 ? Int8Weights::kOffset : Int4Weights::kOffset;
-  const size_t q_stride = blocks.row_bytes();
-  for (size_t b = 0; b < blocks.count; ++b) {
+  const size_t q_stride = blocks.row_bytes(), scales = blocks.scales();
+  const uint8_t* weights = panel.weights.get();
+  const int8_t* q = x.q.get() + row * q_stride;
+  const int32_t* sum = x.sum.get() + row * blocks.count;
+  const float* before = panel.bias;
+  size_t before_stride = 0;
+  for (size_t b = 0; b < blocks.count; ++b, q += blocks.padded) {
     __m512i acc[M][4];
     unrolled<M>([&](auto m) INLINED {
-      __m512i start = _mm512_set1_epi32(-offset * x.sum.get()[(row + m) * blocks.count + b]);
+      __m512i start = _mm512_set1_epi32(-panel.offset * sum[m * blocks.count + b]);
       unrolled<4>([&](auto i) INLINED { acc[m][i] = start; });
     });
-    const int8_t* q = x.q.get() + row * q_stride + b * blocks.padded;
-    for (size_t r = 0; r < blocks.padded; r += 4, panel += 256) {
+    for (size_t r = 0; r < blocks.padded; r += 4, weights += 256) {
       __m512i w[4];
-      unrolled<4>([&](auto i) INLINED { w[i] = _mm512_load_si512(panel + 64 * i); });
+      unrolled<4>([&](auto i) INLINED { w[i] = _mm512_load_si512(weights + 64 * i); });
+      // The next rows: strides hide them from the hardware.
+      if (r % 64 == 0) {
+        unrolled<M>([&](auto m) INLINED { _mm_prefetch(q + (M + m) * q_stride + r, _MM_HINT_T0); });
+      }
       unrolled<M>([&](auto m) INLINED {
         int32_t four;
         __builtin_memcpy(&four, q + m * q_stride + r, 4);
@@ -58,36 +87,38 @@ void multiply(const Linear& layer, const uint8_t* panel, const Quantized& x, siz
         unrolled<4>([&](auto i) INLINED { add_products(acc[m][i], w[i], v); });
       });
     }
-    unrolled<4>([&](auto i) INLINED {
-      const __mmask16 columns = __mmask16(mask >> 16 * i);
-      const size_t at = column + 16 * i;
-      __m512 w_scale = _mm512_maskz_loadu_ps(columns, layer.scale + (blocks.scaled ? b * layer.n : 0) + at);
-      __m512 bias = layer.bias ? _mm512_maskz_loadu_ps(columns, layer.bias + at) : _mm512_setzero_ps();
-      unrolled<M>([&](auto m) INLINED {
-        float* out = y.data + m * y.stride + 16 * i;
-        __m512 x_scale = _mm512_set1_ps(x.scale.get()[(row + m) * blocks.scales() + (blocks.scaled ? b : 0)]);
-        __m512 before = b ? _mm512_maskz_loadu_ps(columns, out) : bias;
-        __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m][i]), x_scale);
-        _mm512_mask_storeu_ps(out, columns, _mm512_fmadd_ps(sum, w_scale, before));
+    const size_t which = blocks.scaled ? b : 0;
+    const float* x_scale = x.scale.get() + row * scales + which;
+    const float* w_scale = panel.scale.get() + which * kColumns;
+    unrolled<M>([&](auto m) INLINED {
+      const __m512 factor = _mm512_set1_ps(x_scale[m * scales]);
+      unrolled<4>([&](auto i) INLINED {
+        __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[m][i]), factor);
+        value = _mm512_fmadd_ps(value, _mm512_load_ps(w_scale + 16 * i),
+                                _mm512_load_ps(before + m * before_stride + 16 * i));
+        _mm512_store_ps(tile + m * kColumns + 16 * i, value);
       });
     });
+    before = tile;
+    before_stride = kColumns;
   }
 }
 
-using Multiply = void (*)(const Linear&, const uint8_t*, const Quantized&, size_t, size_t, Matrix, __mmask64);
+using Multiply = void (*)(const Panel&, const Quantized&, size_t, float*);
 constexpr Multiply kMultiply[kRows] = {multiply<1>, multiply<2>, multiply<3>,
                                        multiply<4>, multiply<5>, multiply<6>};
 
 }  // namespace
 
-void gemm(const Linear& layer, const Quantized& x, const Part& part, Matrix y) {
-  const __mmask64 mask = columns_mask(part.columns);
-  Scratch<uint8_t> panel(x.blocks.row_bytes() * kColumns);
-  (layer.format == WeightFormat::kInt8 ? pack<Int8Weights> : pack<Int4Weights>)(layer, x.blocks, part.column,
-                                                                               mask, panel.get());
+void gemm(const Linear& layer, const Quantized& x, const Part& part, const Epilogue& epilogue, Matrix y) {
+  const Panel panel(layer, x.blocks, part.column, columns_mask(part.columns));
+  alignas(64) float tile[kRows * kColumns];
+  Epilogue here = epilogue;
   for (size_t row = 0; row < part.rows; row += kRows) {
-    kMultiply[std::min(kRows, part.rows - row) - 1](layer, panel.get(), x, part.row + row, part.column,
-                                                    {y.data + row * y.stride, y.stride}, mask);
+    const size_t rows = std::min(kRows, part.rows - row), at = row * y.stride;
+    kMultiply[rows - 1](panel, x, part.row + row, tile);
+    if (epilogue.residual) here.residual = epilogue.residual + at;
+    finish(here, rows, part.columns, tile, kColumns, {y.data + at, y.stride});
   }
 }
 

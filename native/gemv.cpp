@@ -118,9 +118,10 @@ void stripe_of(const Linear& layer, const Quantized& x, const Part& part, Matrix
 
 }  // namespace
 
-void gemv(const Linear& layer, const Quantized& x, const Part& part, Matrix y) {
+void gemv(const Linear& layer, const Quantized& x, const Part& part, const Epilogue& epilogue, Matrix y) {
   const bool int8 = layer.format == WeightFormat::kInt8;
   (int8 ? stripe_of<Int8Weights> : stripe_of<Int4Weights>)(layer, x, part, y);
+  if (!epilogue.empty()) finish(epilogue, part.rows, part.columns, y.data, y.stride, y);
 }
 
 }  // namespace vlm_edge

@@ -16,6 +16,7 @@
 #include <new>
 #include <vector>
 
+#include "epilogue.h"
 #include "parallel.h"
 
 namespace vlm_edge {
@@ -33,12 +34,21 @@ struct Linear {
   size_t bytes() const { return format == WeightFormat::kInt8 ? k * n : k * n / 2; }
 };
 
+// x / sqrt(mean(x^2) + epsilon) * scale; with a bias x is x - mean(x), and the bias is added: RMS and
+// layer normalisation. The means are sums of doubles.
+struct Norm {
+  const float* scale;  // [k] or null: none
+  const float* bias;   // [k] or null
+  float epsilon;
+};
+
 // Layers of the same k that share an input, and what stands around them in a transformer.
 struct LinearGroup {
   std::vector<Linear> layers;
-  const float* norm;  // [k] or null; x is first replaced by x / sqrt(mean(x^2) + epsilon) * norm
-  float epsilon;
-  bool gated;         // two layers of the same n have one output: silu(first) * second
+  Norm norm;              // of x, before it is rounded
+  bool gated;             // two layers of the same n have one output: silu(first) * second
+  Activation activation;  // of a single layer's output
+  const float* factor;    // [n] or null: the output of a single layer, activated, is multiplied by it
 
   size_t outputs() const { return gated ? 1 : layers.size(); }
 };
@@ -102,27 +112,22 @@ struct Quantized {
 // Row `m` of x, or what the norm made of it.
 void quantize(const float* row, size_t m, const Quantized& out);
 
-// y = x / sqrt(mean(x^2) + epsilon) * norm, k values; the mean is a sum of doubles.
-void normalise(const float* x, const float* norm, float epsilon, size_t k, float* y);
+// y = norm of x, k values.
+void normalise(const float* x, const Norm& norm, size_t k, float* y);
 
 // A rectangle of an output.
 struct Part {
   size_t row, rows, column, columns;
 };
 
-struct Matrix {
-  float* data;
-  size_t stride;  // values from row to row
-};
-
 inline constexpr size_t kStreamed = 4;    // rows up to which weights are not packed
 inline constexpr size_t kStripe = 1024;   // columns that gemv computes at once, at most
 inline constexpr size_t kColumns = 64;    // a group of columns: what gemm computes at once, at most
 
-// A part of x @ W + bias, written to y. Few rows: streams the weights once, at the speed of memory.
-void gemv(const Linear& layer, const Quantized& x, const Part& part, Matrix y);
+// A part of x @ W + bias and what follows it, written to y. Few rows: streams the weights once, at the speed of memory.
+void gemv(const Linear& layer, const Quantized& x, const Part& part, const Epilogue& epilogue, Matrix y);
 
 // Many rows: packs the columns and computes at the speed of the processor.
-void gemm(const Linear& layer, const Quantized& x, const Part& part, Matrix y);
+void gemm(const Linear& layer, const Quantized& x, const Part& part, const Epilogue& epilogue, Matrix y);
 
 }  // namespace vlm_edge

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <list>
 
-#include "attention_simd.h"
-#include "isa.h"
 #include "linear.h"
 
 namespace vlm_edge {
@@ -55,50 +53,6 @@ std::vector<Task> panels(const LinearGroup& group, size_t m) {
 }  // namespace
 }  // namespace vlm_edge
 
-KERNELS_BEGIN
-namespace vlm_edge {
-namespace {
-
-// a * sigmoid(a) to 3e-7 (relative).
-ALWAYS_INLINE __m512 silu(__m512 a) {
-  // exp of -|a| never overflows; 2^t needs t more exactly than a float holds it.
-  const __m512 log2e = _mm512_set1_ps(1.44269502f), log2e_rest = _mm512_set1_ps(1.92596299e-8f);
-  const __m512 x = _mm512_max_ps(_mm512_set1_ps(-110.0f), _mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(a)));
-  const __m512 t = _mm512_mul_ps(x, log2e);
-  const __m512 rest = _mm512_fmadd_ps(x, log2e_rest, _mm512_fmsub_ps(x, log2e, t));
-  const __m512 power = simd::exp2(t);
-  const __m512 e = _mm512_fmadd_ps(_mm512_mul_ps(power, _mm512_set1_ps(0.693147181f)), rest, power);
-  const __m512 one = _mm512_set1_ps(1.0f);
-  const __mmask16 negative = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_LT_OQ);
-  return _mm512_div_ps(_mm512_mul_ps(a, _mm512_mask_mov_ps(one, negative, e)), _mm512_add_ps(one, e));
-}
-
-// y = combine(y, other) for each value.
-template <class Combine>
-ALWAYS_INLINE void combine(size_t rows, size_t columns, Matrix y, const float* other, size_t stride,
-                           const Combine& combined) {
-  for (size_t r = 0; r < rows; ++r) {
-    float* row = y.data + r * y.stride;
-    for (size_t i = 0; i < columns; i += 16) {
-      const __mmask16 mask = simd::mask(int64_t(columns - i));
-      const __m512 with = _mm512_maskz_loadu_ps(mask, other + r * stride + i);
-      _mm512_mask_storeu_ps(row + i, mask, combined(_mm512_maskz_loadu_ps(mask, row + i), with));
-    }
-  }
-}
-
-void gate(size_t rows, size_t columns, Matrix y, const float* other, size_t stride) {
-  combine(rows, columns, y, other, stride, [&](auto a, auto b) INLINED { return _mm512_mul_ps(silu(a), b); });
-}
-
-void add(size_t rows, size_t columns, Matrix y, const float* other, size_t stride) {
-  combine(rows, columns, y, other, stride, [&](auto a, auto b) INLINED { return _mm512_add_ps(a, b); });
-}
-
-}  // namespace
-}  // namespace vlm_edge
-KERNELS_END
-
 namespace vlm_edge {
 
 void linears(const LinearGroup& group, size_t m, const float* x, const float* residual,
@@ -115,11 +69,11 @@ void linears(const LinearGroup& group, size_t m, const float* x, const float* re
     inputs.push_back(&*way);
   }
   parallel_for((m + kQuantizedAtOnce - 1) / kQuantizedAtOnce, [&](size_t i) {
-    Scratch<float> normal(group.norm ? k : 0);
+    Scratch<float> normal(group.norm.scale ? k : 0);
     for (size_t row = i * kQuantizedAtOnce; row < std::min(m, (i + 1) * kQuantizedAtOnce); ++row) {
       const float* values = x + row * k;
-      if (group.norm) {
-        normalise(values, group.norm, group.epsilon, k, normal.get());
+      if (group.norm.scale) {
+        normalise(values, group.norm, k, normal.get());
         values = normal.get();
       }
       for (const Quantized& way : ways) quantize(values, row, way);
@@ -133,13 +87,14 @@ void linears(const LinearGroup& group, size_t m, const float* x, const float* re
     const auto& [output, part] = tasks[i];
     const size_t n = group.layers[output].n, at = part.row * n + part.column;
     const Matrix out{y[output] + at, n};
-    product(group.layers[output], *inputs[output], part, out);
+    const Epilogue epilogue{group.activation, group.factor ? group.factor + part.column : nullptr,
+                            residual ? residual + at : nullptr};
+    product(group.layers[output], *inputs[output], part, epilogue, out);
     if (group.gated) {
       Scratch<float> other(part.rows * part.columns);
-      product(group.layers[1], *inputs[1], part, {other.get(), part.columns});
+      product(group.layers[1], *inputs[1], part, {}, {other.get(), part.columns});
       gate(part.rows, part.columns, out, other.get(), part.columns);
     }
-    if (residual) add(part.rows, part.columns, out, residual + at, n);
   };
   parallel_for(tasks.size(), run);
 }

@@ -8,7 +8,8 @@
 namespace vlm_edge {
 namespace {
 
-constexpr size_t kNorm = 1, kResidual = 2, kFirstWeight = 3, kMost = 3;  // inputs; weights
+constexpr size_t kNorm = 1, kNormBias = 2, kFactor = 3, kResidual = 4, kFirstWeight = 5;  // inputs
+constexpr size_t kMost = 3;  // weights
 
 std::string text(const Dims& dims) {
   std::string out = "[";
@@ -18,6 +19,14 @@ std::string text(const Dims& dims) {
 
 void require(bool holds, const std::string& sentence) {
   if (!holds) throw std::invalid_argument(sentence);
+}
+
+Activation activation_of(const std::string& name) {
+  const char* const names[] = {"", "gelu", "gelu_tanh", "quick_gelu"};  // as the enumeration
+  for (int i = 0; i < 4; ++i)
+    if (name == names[i]) return Activation(i);
+  throw std::invalid_argument("activation must be \"gelu\", \"gelu_tanh\", \"quick_gelu\" or empty, and is \"" +
+                              name + "\"");
 }
 
 Linear read_layer(const Node& node, size_t first, int64_t bits) {
@@ -49,7 +58,7 @@ Linear read_layer(const Node& node, size_t first, int64_t bits) {
 }  // namespace
 
 const std::vector<Operand> Linears::kInputs = {
-    {kFloat}, {kFloat, kOptional}, {kFloat, kOptional},
+    {kFloat}, {kFloat, kOptional}, {kFloat, kOptional}, {kFloat, kOptional}, {kFloat, kOptional},
     {kUint8}, {kFloat}, {kFloat, kOptional},
     {kUint8, kOptional}, {kFloat, kOptional}, {kFloat, kOptional},
     {kUint8, kOptional}, {kFloat, kOptional}, {kFloat, kOptional}};
@@ -96,11 +105,19 @@ Linears::Linears(const Node& node) : adds_(node.has(kResidual)) {
   require(node.outputs() == group_.outputs(), "there must be " + std::to_string(group_.outputs()) +
                                                   " outputs, and there are " + std::to_string(node.outputs()));
 
-  const Tensor norm = node.constant(kNorm);
-  require(!node.has(kNorm) || norm.dims == Dims{int64_t(first.k)},
-          "norm must be an initializer [" + std::to_string(first.k) + "], and is " + text(norm.dims));
-  group_.norm = norm.as<float>();
-  group_.epsilon = node.attribute("epsilon", 0.0f);
+  const auto vector = [&](size_t input, const std::string& name, size_t size) {
+    const Tensor values = node.constant(input);
+    require(!node.has(input) || values.dims == Dims{int64_t(size)},
+            name + " must be an initializer [" + std::to_string(size) + "], and is " + text(values.dims));
+    return values.as<float>();
+  };
+  const float* norm = vector(kNorm, "norm", first.k);
+  group_.norm = {norm, vector(kNormBias, "norm_bias", first.k), node.attribute("epsilon", 0.0f)};
+  require(norm || !group_.norm.bias, "norm_bias needs norm");
+  group_.factor = vector(kFactor, "factor", first.n);
+  group_.activation = activation_of(node.text("activation"));
+  require(count == 1 || (!group_.factor && group_.activation == Activation::kNone),
+          "an activation or a factor follows one weight, and there are " + std::to_string(count));
 }
 
 void Linears::compute(const Call& call) const {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,26 +60,49 @@ class Layer:
         return self.weight * scale.repeat(len(self.weight) // len(scale), axis=0)
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of float64
+    "": lambda x: x,
+    "gelu": lambda x: x * np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)) / 2, [float])(x),
+    "gelu_tanh": lambda x: x * sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
+    "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+}
+
+
 @dataclass(frozen=True)
 class Group:
-    """Layers of one input; norm float32 [k]; `adds` a residual, which is an input of the graph."""
+    """Layers of one input; norm and norm_bias float32 [k], factor float32 [n]; `adds` a residual, which
+    is an input of the graph."""
 
     layers: Sequence[Layer]
     norm: np.ndarray | None = None
     epsilon: float = 1e-5
     gate: str = ""
     adds: bool = False
+    norm_bias: np.ndarray | None = None
+    activation: str = ""
+    factor: np.ndarray | None = None
 
     def expected(self, x: np.ndarray, residual: np.ndarray | None = None) -> list[np.ndarray]:
         if self.norm is not None:
+            if self.norm_bias is not None:
+                x = x - x.mean(-1, keepdims=True, dtype=np.float64).astype(np.float32)
             mean = np.square(x, dtype=np.float64).mean(-1, keepdims=True)
             factor = (1 / np.sqrt(mean + np.float32(self.epsilon))).astype(np.float32)
             x = x * factor * self.norm
+            x = x if self.norm_bias is None else x + self.norm_bias
         y = [layer.expected(x) for layer in self.layers]
         if self.gate:
             first = y[0].astype(np.float64)
-            with np.errstate(over="ignore"):
-                y = [(first / (1 + np.exp(-first)) * y[1]).astype(np.float32)]
+            y = [(first * sigmoid(first) * y[1]).astype(np.float32)]
+        if self.activation:
+            y = [ACTIVATIONS[self.activation](y[0].astype(np.float64)).astype(np.float32)]
+        if self.factor is not None:
+            y = [y[0] * self.factor]
         return y if residual is None else [y[0] + residual]
 
 
@@ -111,9 +135,12 @@ def model(
     *,
     bits: Sequence[int] | None = None,
     norm: Any = None,
+    norm_bias: Any = None,
+    factor: Any = None,
     epsilon: float = 1e-5,
     residual: tuple[Any, ...] | None = None,
     gate: str = "",
+    activation: str = "",
     outputs: int | None = None,
 ) -> ir.Model:
     """One node over an input x of this shape; (weight, scale, bias or None) as stored, times up to three.
@@ -128,7 +155,8 @@ def model(
         inputs.append(None if array is None else constant(name, array))
         constants.extend(inputs[-1:] if array is not None else [])
 
-    add("norm", norm)
+    for name, array in (("norm", norm), ("norm_bias", norm_bias), ("factor", factor)):
+        add(name, array)
     if residual is not None:
         given.append(ir.Value(name="residual", type=FLOAT, shape=ir.Shape(residual)))
     inputs.append(given[1] if residual is not None else None)
@@ -138,6 +166,7 @@ def model(
     bits = [8] * len(weights) if bits is None else bits
     attributes = [ir.AttrInt64s("bits", bits)] if bits else []
     attributes += [ir.AttrFloat32("epsilon", epsilon), ir.AttrString("gate", gate)]
+    attributes += [ir.AttrString("activation", activation)]
     count = (1 if gate else len(weights)) if outputs is None else outputs
     made = [ir.Value(name=f"y{i}", type=FLOAT) for i in range(count)]
     node = ir.Node("vlm_edge", "Linears", inputs, attributes, outputs=made)
@@ -170,9 +199,12 @@ def open_group(group: Group, threads: int = 2, rank: int = 2) -> Any:
             (*first, k),
             bits=[layer.bits for layer in group.layers],
             norm=group.norm,
+            norm_bias=group.norm_bias,
+            factor=group.factor,
             epsilon=group.epsilon,
             residual=(*first, n) if group.adds else None,
             gate=group.gate,
+            activation=group.activation,
         ),
         threads,
     )

@@ -71,7 +71,8 @@ def test_a_feed_forward_block_is_two_operators() -> None:
     assert first.attributes.get_string("gate") == "silu"
     assert first.attributes.get_float("epsilon") == 0.5
     assert [value and value.name for value in first.inputs[:3]] == ["x", "norm", None]
-    assert [value and value.name for value in second.inputs[1:3]] == [None, "residual"]
+    # norm, its bias, factor, residual
+    assert [value and value.name for value in second.inputs[1:5]] == [None, None, None, "residual"]
 
 
 @pytest.mark.parametrize(

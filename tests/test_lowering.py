@@ -14,7 +14,9 @@ from small_graph import run
 from tiny import CASES
 
 from vlm_edge.export.lowering import cpu
+from vlm_edge.runtime import native
 from vlm_edge.runtime.manifest import read_manifest
+from vlm_edge.runtime.ort import open_session
 
 # What the operator takes in: the two dequantized sides, and the bias.
 PRODUCT = {"Constant", "DequantizeLinear", "MatMul", "MatMulIntegerToFloat", "Add"}
@@ -48,6 +50,34 @@ def test_the_lowered_graph_gives_the_same_values(
     # And the float graph shows what the quantization itself costs: many times more.
     (exact,) = run(bundle(case) / f"{part}.onnx", {spec.name: values})
     assert np.abs(lowered - portable).mean() < np.abs(exact - portable).mean() / 20
+
+
+@pytest.mark.skipif(native.library() is None, reason="our kernels are not there")
+@pytest.mark.parametrize("case", CASES)
+def test_our_kernels_are_nearer_to_full_precision_than_the_portable_graph(
+    case: str, bundle: Callable[..., Path]
+) -> None:
+    """They round activations to a scale for each token instead of one for all pictures."""
+    folder = bundle(case, "int8")
+    assert "cpu-native" not in read_manifest(folder).engines["connector"].lowered
+    (spec,) = read_manifest(folder).engines["vision"].inputs
+    shape = [3 if isinstance(size, str) else size for size in spec.shape]
+    values = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    paths = (
+        bundle(case) / "vision.onnx",
+        folder / "vision.onnx",
+        folder / "vision.cpu-native.onnx",
+    )
+    exact, portable, own = (
+        open_session(path, "vision", 1).run(None, {spec.name: values})[0] for path in paths
+    )
+    error = np.linalg.norm(portable - exact)
+    assert 0 < np.linalg.norm(own - exact) < 1.1 * error
+    assert np.linalg.norm(own - portable) < 2 * error
+    graph = ir.load(folder / "vision.cpu-native.onnx").graph
+    kinds = {node.op_type for node in graph}
+    assert "Linears" in kinds
+    assert not kinds & {"QuantizeLinear", "DequantizeLinear", "MatMulIntegerToFloat", "Gelu"}
 
 
 @pytest.mark.parametrize("part", ["vision", "connector"])

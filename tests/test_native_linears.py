@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from linear_graphs import (
+    ACTIVATIONS,
     BITS,
     Group,
     Layer,
@@ -93,7 +95,19 @@ def groups(draw: st.DrawFn) -> tuple[Group, np.random.Generator]:
     ]
     norm = rng.standard_normal(k, dtype=np.float32) if draw(st.booleans()) else None
     epsilon = draw(st.sampled_from([1e-5, 0.5]))
-    return Group(layers, norm, epsilon, gate, count == 1 and draw(st.booleans())), rng
+    norm_bias = None if norm is None or draw(st.booleans()) else np.sin(norm)
+    group = Group(layers, norm, epsilon, gate, norm_bias=norm_bias)
+    if count > 1:
+        return group, rng
+    scale = np.float32(1 / 127 / np.sqrt(k))  # outputs about where activations bend
+    layers[0] = Layer(layers[0].bits, layers[0].weight, layers[0].scale * scale, layers[0].bias)
+    n = layers[0].weight.shape[1]
+    return replace(
+        group,
+        adds=draw(st.booleans()),
+        activation=draw(st.sampled_from(sorted(ACTIVATIONS))),
+        factor=rng.standard_normal(n, dtype=np.float32) if draw(st.booleans()) else None,
+    ), rng
 
 
 @settings(max_examples=200, deadline=None)
@@ -128,7 +142,15 @@ def added(rng: np.random.Generator) -> Group:
     return Group([random_layer(rng, 8, 1536, 576, 128, bias=True)], adds=True)
 
 
-@pytest.mark.parametrize("made", [attention_inputs, gated, added])
+def activated(rng: np.random.Generator) -> Group:
+    layer = random_layer(rng, 8, 384, 1536, None, bias=True)
+    small = Layer(8, layer.weight, layer.scale / 3000, layer.bias)
+    norm, norm_bias = rng.standard_normal((2, 384), dtype=np.float32)
+    factor = rng.standard_normal(1536, dtype=np.float32)
+    return Group([small], norm, norm_bias=norm_bias, activation="gelu", factor=factor)
+
+
+@pytest.mark.parametrize("made", [attention_inputs, gated, added, activated])
 def test_groups_give_the_same_bits_whatever_the_threads_and_the_other_rows(
     made: Callable[[np.random.Generator], Group],
 ) -> None:
@@ -147,7 +169,7 @@ def test_groups_give_the_same_bits_whatever_the_threads_and_the_other_rows(
             assert np.array_equal(found, all_rows[:count])
 
 
-@pytest.mark.parametrize("made", [attention_inputs, gated, added])
+@pytest.mark.parametrize("made", [attention_inputs, gated, added, activated])
 @pytest.mark.parametrize("rows", [2, 30])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_stay_visible_in_groups(
@@ -181,6 +203,38 @@ def test_silu_from_its_smallest_to_its_largest_values(rows: int) -> None:
     with np.errstate(over="ignore"):
         expected = wide / (1 + np.exp(-wide))
     assert np.allclose(found, expected, rtol=4e-7, atol=1e-38)
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_activations_from_their_smallest_to_their_largest_values(
+    activation: str, rows: int
+) -> None:
+    """The bias is what is activated: the weights are zeros."""
+    values = [np.linspace(0, 12, 6001), np.geomspace(1e-30, 90, 500), [5.6, 200, 1e18]]
+    a = np.concatenate([*values, *(-np.asarray(v) for v in values)]).astype(np.float32)
+    layer = Layer(8, np.zeros((3, len(a)), np.int8), np.ones(len(a), np.float32), a)
+    session = open_group(Group([layer], activation=activation))
+    found = run(session, np.ones((rows, 3), np.float32))[rows - 1].astype(np.float64)
+    expected = ACTIVATIONS[activation](a.astype(np.float64))
+    # Left of zero an activation is a difference of numbers near x, as in any float32 kernel.
+    assert (np.abs(found - expected) <= 3e-7 * np.abs(a) + 1e-37).all()
+
+
+@pytest.mark.parametrize("k", [1, 15, 64, 577])
+@pytest.mark.parametrize("mean", [0, 3, -500])
+def test_the_norm_is_onnx_layer_normalization(k: int, mean: float) -> None:
+    """Through an identity whose blocks have one row, where rounding is exact: the norm alone is seen."""
+    rng = np.random.default_rng(16)
+    norm, norm_bias, x = rng.standard_normal((3, k), dtype=np.float32)
+    x += np.float32(mean)
+    layer = Layer(8, np.eye(k, dtype=np.int8), np.ones((k, k), np.float32))
+    found = run(open_group(Group([layer], norm, 1e-3, norm_bias=norm_bias)), x[None])[0]
+    wide = x.astype(np.float64)
+    centred = wide - wide.mean()
+    expected = centred / np.sqrt(np.square(centred).mean() + 1e-3) * norm + norm_bias
+    # A float32 mean is what it is to 6e-8.
+    assert np.allclose(found, expected, rtol=2e-6, atol=1e-6 + 3e-7 * abs(mean))
 
 
 def test_the_norm_is_onnx_rms_normalization() -> None:
@@ -368,6 +422,11 @@ X = (1, 8)
         (model(ONE * 2, X, residual=(1, 6)), "the output of one weight, but there are 2"),
         (model(ONE * 2, X, outputs=1), "there must be 2 outputs, and there are 1"),
         (model(ONE * 2, X, gate="silu", outputs=2), "there must be 1 outputs, and there are 2"),
+        (model(ONE * 2, X, activation="gelu"), "follows one weight, and there are 2"),
+        (model(ONE * 2, X, factor=S), "follows one weight, and there are 2"),
+        (model(ONE, X, activation="relu"), 'activation must be "gelu", .* or empty, and is "relu"'),
+        (model(ONE, X, factor=S[:5]), r"factor must be an initializer \[6\], and is \[5\]"),
+        (model(ONE, X, norm_bias=np.ones(8, np.float32)), "norm_bias needs norm"),
         (model(ONE, X, norm=S), r"norm must be an initializer \[8\], and is \[6\]"),
     ],
 )  # fmt: skip

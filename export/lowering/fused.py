@@ -1,9 +1,10 @@
 """Linear layers of our kernels joined with what stands around them: a decode step is a few operators a
 layer instead of fourteen, and each costs as much to start as a small layer to compute.
 
-`Linears(x, norm?, residual?, weight, scale, bias?, ... up to three times)` is the RMS normalisation
-before layers that share an input, these layers, and one of: nothing (an output each), the gate
-(silu(first) * second), or the addition of a residual.
+`Linears(x, norm?, norm_bias?, factor?, residual?, weight, scale, bias?, ... up to three times)` is the
+RMS or layer normalisation before layers that share an input, these layers, and one of: nothing (an
+output each), the gate (silu(first) * second), or what follows a single layer: an activation,
+the multiplication by a constant vector (smoothing of the next layer's input), the addition of a residual.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from vlm_edge.export.lowering import rewrite
 
 BITS = {"LinearInt8": 8, "LinearInt4": 4}
 MOST = 3  # layers of one operator
+QUICK = float(np.float32(1.702))  # the slope of quick_gelu's sigmoid
 
 
 @dataclass
@@ -25,8 +28,10 @@ class _Group:
 
     layers: list[ir.Node]
     x: ir.Value
-    norm: ir.Value | None = None
+    norm: tuple[ir.Value | None, ir.Value | None] = (None, None)  # scale, bias
     epsilon: float = 0.0
+    activation: str = ""
+    factor: ir.Value | None = None
     residual: ir.Value | None = None
     gate: str = ""
     outputs: list[ir.Value] = field(default_factory=list)
@@ -53,19 +58,24 @@ def _group(graph: ir.Graph, layers: list[ir.Node]) -> _Group:
     group = _Group(layers, x, outputs=[layer.outputs[0] for layer in layers])
     norm = x.producer()
     alone = len(layers) == len(x.uses()) and x not in graph.outputs
-    if norm is not None and norm.op_type == "RMSNormalization" and alone and _of_last_axis(norm):
+    if norm is not None and alone and _of_last_axis(norm):
         assert norm.inputs[0] is not None
-        group.x, group.norm = norm.inputs[0], norm.inputs[1]
+        group.x = norm.inputs[0]
+        group.norm = (norm.inputs[1], norm.inputs[2] if len(norm.inputs) > 2 else None)
         group.epsilon = norm.attributes.get_float("epsilon", 1e-5)
     if len(layers) == 2 and (gated := _gated(*group.outputs)) is not None:
         group.gate, group.outputs = "silu", [gated]
+    if len(layers) == 1 and (activated := _activated(group.outputs[0])) is not None:
+        group.outputs[0], group.activation = activated
+    if len(layers) == 1 and (scaled := rewrite.factor_of(group.outputs[0])) is not None:
+        group.outputs[0], group.factor = scaled
     if len(layers) == 1 and (added := _added(group.outputs[0])) is not None:
         group.outputs[0], group.residual = added
     return group
 
 
 def _write(graph: ir.Graph, domain: str, group: _Group) -> None:
-    inputs: list[ir.Value | None] = [group.x, group.norm, group.residual]
+    inputs: list[ir.Value | None] = [group.x, *group.norm, group.factor, group.residual]
     for layer in group.layers:
         weight, scale, bias = (*layer.inputs[1:], None)[:3]
         assert weight is not None
@@ -77,6 +87,7 @@ def _write(graph: ir.Graph, domain: str, group: _Group) -> None:
             "bits": [BITS[layer.op_type] for layer in group.layers],
             "epsilon": group.epsilon,
             "gate": group.gate,
+            "activation": group.activation,
         },
         domain=domain,
         num_outputs=len(group.outputs),
@@ -94,9 +105,14 @@ def _last(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Node:
 
 
 def _of_last_axis(norm: ir.Node) -> bool:
-    scale = norm.inputs[1]
-    constant = scale is not None and scale.is_initializer() and scale.dtype == ir.DataType.FLOAT
-    return constant and norm.attributes.get_int("axis", -1) == -1
+    """Is it a normalisation of float32 over the last axis by constants: RMS, or layer with a bias?"""
+    constants = norm.inputs[1:]
+    if len(constants) != {"RMSNormalization": 1, "LayerNormalization": 2}.get(norm.op_type):
+        return False
+    given = all(
+        v is not None and v.is_initializer() and v.dtype == ir.DataType.FLOAT for v in constants
+    )
+    return given and norm.attributes.get_int("axis", -1) == -1
 
 
 def _gated(gate: ir.Value, up: ir.Value) -> ir.Value | None:
@@ -113,6 +129,38 @@ def _gated(gate: ir.Value, up: ir.Value) -> ir.Value | None:
     if any(value.is_graph_output() for value in (gate, up, opened, silu)):
         return None
     return product.outputs[0]
+
+
+def _activated(y: ir.Value) -> tuple[ir.Value, str] | None:
+    """gelu(y), gelu_tanh(y) or y * sigmoid(1.702 y) where y is read for nothing else, and its name."""
+    readers = {use.node.op_type: use.node for use in y.uses()}
+    if y.is_graph_output():
+        return None
+    if readers.keys() == {"Gelu"} and len(y.uses()) == 1:
+        gelu = readers["Gelu"]
+        tanh = gelu.attributes.get_string("approximate", "none") == "tanh"
+        return gelu.outputs[0], "gelu_tanh" if tanh else "gelu"
+    slopes = [use.node for use in y.uses() if _constant(use.node, y) == QUICK]
+    if len(slopes) != 1 or len(y.uses()) != 2:
+        return None
+    opened = _only_reader(slopes[0].outputs[0], "Sigmoid")
+    product = None if opened is None else _only_reader(opened.outputs[0], "Mul")
+    if opened is None or product is None or set(product.inputs) != {y, opened.outputs[0]}:
+        return None
+    return product.outputs[0], "quick_gelu"
+
+
+def _only_reader(value: ir.Value, kind: str) -> ir.Node | None:
+    readers = [use.node for use in value.uses()]
+    alone = len(readers) == 1 and readers[0].op_type == kind and not value.is_graph_output()
+    return readers[0] if alone else None
+
+
+def _constant(node: ir.Node, y: ir.Value) -> float | None:
+    """c of y * c, a number."""
+    other = next((value for value in node.inputs if value is not y), None)
+    tensor = ir.convenience.get_const_tensor(other) if node.op_type == "Mul" and other else None
+    return float(tensor.numpy()) if tensor is not None and tensor.size == 1 else None
 
 
 def _added(y: ir.Value) -> tuple[ir.Value, ir.Value] | None:

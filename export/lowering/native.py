@@ -1,9 +1,12 @@
 """For our own kernels (`native/`) inside ONNX Runtime, where they were built and the CPU has what they need.
 
 They read weights as they lie in the portable graph's file, in prefill and in decode alike, and quantize
-activations by themselves, block by block. Layers whose activations the graph quantizes are left to ONNX
-Runtime, which is faster there. Attention is computed in bfloat16 products and float32 sums, so only
-graphs that are quantized anyway, in their weights or in their cache, are lowered.
+activations by themselves, block by block. Layers whose activations the graph quantizes to calibrated
+scales are taken too: on pictures like those of the calibration a scale for each token is nearer to
+full precision. (On others a smoothed channel may stand out so far that a calibrated range, which clips
+it, does better: connectors stay with ONNX Runtime.) Attention is computed in
+bfloat16 products and float32 sums, so only graphs that are quantized anyway, in their weights or in
+their cache, are lowered.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vlm_edge.export.lowering import attention, fused, rewrite
-from vlm_edge.export.lowering.cpu import Windows, integer_products
+from vlm_edge.export.lowering import attention, factors, fused, rewrite
+from vlm_edge.export.lowering.cpu import Windows
 
 DOMAIN = "vlm_edge"
 
@@ -22,16 +25,22 @@ def lower(portable: Path, windows: Windows) -> str | None:
     """Write the graph for our kernels beside the portable one, sharing its weights.
 
     Returns:
-        The file's name; None where neither a linear layer nor the cache is quantized.
+        The file's name; None where neither a linear layer nor the cache is quantized, and for a
+        graph without attention.
     """
     model = ir.load(portable)
+    if not any(node.op_type == "Attention" for node in model.graph):
+        return (
+            None  # a connector: little work, and calibrated ranges clip what lies far outside them
+        )
     rounded = any(site.rounded for site in attention.find(model.graph))
-    if not quantized_linears(model.graph) + integer_products(model) + rounded:
+    if not quantized_linears(model.graph) + rounded:
         return None
     cached_attention(model.graph, windows)
     plain_attention(model.graph)
     model.graph.opset_imports[DOMAIN] = 1
     rewrite.clean(model)  # who reads a value decides what is joined
+    factors.into_scales(model.graph, DOMAIN)
     fused.join(model.graph, DOMAIN)
     rewrite.clean(model)
     path = portable.with_name(f"{portable.stem}.cpu-native.onnx")
@@ -40,8 +49,8 @@ def lower(portable: Path, windows: Windows) -> str | None:
 
 
 def quantized_linears(graph: ir.Graph) -> int:
-    """Give every product of float activations and a quantized weight to LinearInt8 or LinearInt4, which
-    `fused.join` makes operators of; how many there were."""
+    """Give every product with a quantized weight to LinearInt8 or LinearInt4, which `fused.join` makes
+    operators of, and what it reads before it is rounded; how many there were."""
     count = 0
     for node in list(graph):
         weight = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] else None
@@ -49,9 +58,7 @@ def quantized_linears(graph: ir.Graph) -> int:
             continue
         x, values, scale = node.inputs[0], weight.inputs[0], weight.inputs[1]
         assert x is not None and values is not None and scale is not None
-        maker = x.producer()
-        if maker is not None and maker.op_type == "DequantizeLinear":
-            continue
+        x = _before_rounding(x)
         kind = "LinearInt8"
         if values.dtype == ir.DataType.INT4:
             if values.shape is None or values.shape[1] % 2:
@@ -69,6 +76,16 @@ def quantized_linears(graph: ir.Graph) -> int:
         rewrite.take_over(output, linear.outputs[0])
         count += 1
     return count
+
+
+def _before_rounding(x: ir.Value) -> ir.Value:
+    """What a Q/DQ pair reads; anything else as it is."""
+    for kind in ("DequantizeLinear", "QuantizeLinear"):
+        node = x.producer()
+        if node is None or node.op_type != kind or node.inputs[0] is None:
+            return x
+        x = node.inputs[0]
+    return x
 
 
 def plain_attention(graph: ir.Graph) -> None:

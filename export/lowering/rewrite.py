@@ -36,6 +36,22 @@ def bias_of(product: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     return None
 
 
+def factor_of(product: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """The multiplication by a constant float32 vector, one factor a column, that is the product's only
+    reader, and the vector."""
+    readers = list(product.consumers())
+    if len(readers) != 1 or readers[0].op_type != "Mul" or product.is_graph_output():
+        return None
+    for other in readers[0].inputs:
+        if other is None or other is product or not other.is_initializer():
+            continue
+        if other.dtype != ir.DataType.FLOAT or other.shape is None or product.shape is None:
+            continue
+        if len(other.shape) == 1 and other.shape[0] == product.shape[-1]:
+            return readers[0].outputs[0], other
+    return None
+
+
 def bytes_of(graph: ir.Graph, values: ir.Value) -> ir.Value:
     """An int8 or int4 initializer [in, out] as its bytes in the file, uint8 [in, out] or [in, out / 2]."""
     if values.dtype == ir.DataType.UINT8:
