@@ -96,11 +96,14 @@ def groups(draw: st.DrawFn) -> tuple[Group, np.random.Generator]:
     norm = rng.standard_normal(k, dtype=np.float32) if draw(st.booleans()) else None
     epsilon = draw(st.sampled_from([1e-5, 0.5]))
     norm_bias = None if norm is None or draw(st.booleans()) else np.sin(norm)
+    if gate or count == 1:
+        # Outputs about where activations bend: far below, silu turns one rounding of its argument into
+        # as many of its value as the argument is large.
+        scale = np.float32(1 / 127 / np.sqrt(k))
+        layers[0] = Layer(layers[0].bits, layers[0].weight, layers[0].scale * scale, layers[0].bias)
     group = Group(layers, norm, epsilon, gate, norm_bias=norm_bias)
     if count > 1:
         return group, rng
-    scale = np.float32(1 / 127 / np.sqrt(k))  # outputs about where activations bend
-    layers[0] = Layer(layers[0].bits, layers[0].weight, layers[0].scale * scale, layers[0].bias)
     n = layers[0].weight.shape[1]
     return replace(
         group,
