@@ -16,9 +16,8 @@ from vlm_edge.export.checkpoint import TensorRef
 from vlm_edge.export.graphs import Interface
 from vlm_edge.export.layers.linear import TensorLinear
 from vlm_edge.export.quantizers import Float, Quantizer
-from vlm_edge.runtime import native
 from vlm_edge.runtime.manifest import TensorSpec
-from vlm_edge.runtime.ort import open_session
+from vlm_edge.runtime.ort import kinds, open_session
 
 FASTER = 1.05  # times: a smaller gain is within the noise of the measurement
 FEWEST, MOST, SECONDS = 5, 50, 0.2  # pairs of runs: between these numbers, for about so long
@@ -90,10 +89,8 @@ def _write(shape: Shape, linear: TensorLinear, path: Path) -> Path:
 
     graphs.save(graphs.build("layer", interface, forward), path)
     lowered = lowering.lower(path, {})
-    name = lowered.get("cpu", path.name)
-    if native.library() is not None:  # as `runtime.ort.graph_of` chooses
-        name = lowered.get("cpu-native", name)
-    return path.with_name(name)
+    names = (lowered[kind] for kind in kinds() if kind in lowered)  # as the runtime chooses
+    return path.with_name(next(names, path.name))
 
 
 def _seconds(session: Any, feeds: dict[str, np.ndarray]) -> float:

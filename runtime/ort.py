@@ -51,10 +51,14 @@ def open_session(graph: Path, name: str, threads: int | None, frugal: bool = Fal
         raise EngineFailure(name, _first_line(error)) from error
 
 
+def kinds() -> tuple[str, ...]:
+    """Engine kinds (`EngineEntry.lowered`) that this machine runs, the fastest first."""
+    return ("cpu",) if native.library() is None else ("cpu-native", "cpu")
+
+
 def graph_of(bundle: Bundle, name: str) -> Path:
     """The graph of an engine that this machine runs fastest."""
-    kinds = ("cpu",) if native.library() is None else ("cpu-native", "cpu")
-    return bundle.graph(name, *kinds)
+    return bundle.graph(name, *kinds())
 
 
 def processors() -> int:
@@ -92,7 +96,8 @@ class OrtDecoder:
     """The language model (`engine.Decoder`), batch 1.
 
     Each of a layer's cache arrays is bound as input and output, so a step writes one position and
-    copies nothing. It grows a little at a time because attention computes the whole width it is given.
+    copies nothing. It grows a little at a time: memory follows the conversation, and ONNX's own attention
+    computes the whole width it is given.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:

@@ -48,11 +48,7 @@ def shift_activations(graph: ir.Graph) -> int:
     pairs = [node for node in graph if node.op_type == "QuantizeLinear"]
     if not pairs:
         return 0
-    tensor = ir.Tensor(np.array(128, np.uint8), name=ZERO)
-    zero = ir.Value(
-        name=ZERO, shape=ir.Shape([]), type=ir.TensorType(ir.DataType.UINT8), const_value=tensor
-    )
-    graph.register_initializer(zero)
+    zero = rewrite.initializer(graph, ZERO, ir.Tensor(np.array(128, np.uint8), name=ZERO))
     for quantize in pairs:
         old = quantize.inputs[2]
         quantize.replace_input_with(2, zero)
@@ -115,7 +111,7 @@ def group_queries(model: ir.Model, windows: Windows) -> int:
     ]
     for site in found:
         if lengths is None:
-            lengths = _lengths(graph, site)
+            lengths = _lengths(graph)
         _group_queries(graph, site, lengths, windows[site.mask])
     if found:
         graph.opset_imports[CONTRIB] = 1
@@ -153,31 +149,16 @@ def _group_queries(
         rewrite.take_over(old, new)
 
 
-def _lengths(graph: ir.Graph, site: CachedAttention) -> tuple[ir.Value, ir.Value]:
+def _lengths(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     """What the operator asks for: int32 [batch], positions before the last one, and int32 [], their
     number."""
     positions = next(value for value in graph.inputs if value.name == "positions")
-    one = ir.Value(
-        name="one",
-        shape=ir.Shape([]),
-        type=ir.TensorType(ir.DataType.INT32),
-        const_value=ir.Tensor(np.array(1, np.int32), name="one"),
-    )
-    graph.register_initializer(one)
-    last = ir.node("Gather", [positions, _minus_one(graph)], {"axis": 1})  # [batch]
+    one = rewrite.initializer(graph, "one", ir.Tensor(np.array(1, np.int32), name="one"))
+    latest = ir.Tensor(np.array(-1, np.int64), name="minus_one")
+    latest_index = rewrite.initializer(graph, "minus_one", latest)
+    last = ir.node("Gather", [positions, latest_index], {"axis": 1})  # [batch]
     before = ir.node("Cast", [last.outputs[0]], {"to": ir.DataType.INT32})
     longest = ir.node("ReduceMax", [before.outputs[0]], {"keepdims": 0})
     total = ir.node("Add", [longest.outputs[0], one])
     graph.insert_before(graph[0], [last, before, longest, total])
     return before.outputs[0], total.outputs[0]
-
-
-def _minus_one(graph: ir.Graph) -> ir.Value:
-    value = ir.Value(
-        name="minus_one",
-        shape=ir.Shape([]),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=ir.Tensor(np.array(-1, np.int64), name="minus_one"),
-    )
-    graph.register_initializer(value)
-    return value

@@ -26,9 +26,8 @@ def into_scales(graph: ir.Graph, domain: str) -> int:
             continue
         product, vector = found
         factors = _array(vector)
-        for index in range(
-            2, len(layer.inputs)
-        ):  # scale [n] or [blocks, n], and bias [n] if there is one
+        # Its scale [n] or [blocks, n], and its bias [n] if there is one.
+        for index in range(2, len(layer.inputs)):
             old = layer.inputs[index]
             if old is not None:
                 name = f"{layer.outputs[0].name}.{'scale' if index == 2 else 'bias'}"
@@ -56,12 +55,4 @@ def _array(value: ir.Value) -> np.ndarray:
 
 
 def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    tensor = ir.Tensor(array.astype(np.float32), name=name)
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.FLOAT),
-        const_value=tensor,
-    )
-    graph.register_initializer(value)
-    return value
+    return rewrite.initializer(graph, name, ir.Tensor(array.astype(np.float32), name=name))

@@ -94,13 +94,13 @@ def plain_attention(graph: ir.Graph) -> None:
         heads = node.attributes.get_int("q_num_heads", 0) if node.op_type == "Attention" else 0
         if not heads or any(value is not None for value in node.inputs[3:]):
             continue
-        attributes = {
+        attributes: dict[str, int | float] = {
             "num_heads": heads,
             "kv_num_heads": node.attributes.get_int("kv_num_heads", heads),
         }
         scale = node.attributes.get_float("scale", None)
         if scale is not None:
-            attributes["scale"] = scale  # type: ignore[assignment]  # 1 / sqrt(head_dim) otherwise
+            attributes["scale"] = scale  # 1 / sqrt(head_dim) otherwise
         own = ir.node("Attention", node.inputs[:3], attributes, domain=DOMAIN, name=node.name)
         graph.insert_after(node, own)
         rewrite.take_over(node.outputs[0], own.outputs[0])

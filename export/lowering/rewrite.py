@@ -15,6 +15,18 @@ def clean(model: ir.Model) -> None:
         inputs.remove(value)
 
 
+def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of the graph."""
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape(tensor.shape.numpy()),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value
+
+
 def take_over(old: ir.Value, new: ir.Value) -> None:
     """`new` stands wherever `old` stood, its name and place among the outputs included."""
     name, shape, kind = old.name, old.shape, old.type
@@ -77,8 +89,4 @@ def bytes_of(graph: ir.Graph, values: ir.Value) -> ir.Value:
         stored = ir.Tensor(
             np.frombuffer(tensor.tobytes(), np.uint8).reshape(shape.numpy()), name=name
         )
-    value = ir.Value(
-        name=name, shape=shape, type=ir.TensorType(ir.DataType.UINT8), const_value=stored
-    )
-    graph.register_initializer(value)
-    return value
+    return initializer(graph, name, stored)
