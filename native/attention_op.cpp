@@ -4,21 +4,10 @@
 
 #include <cmath>
 #include <cstring>
-#include <stdexcept>
 #include <string>
 
 namespace vlm_edge {
 namespace {
-
-std::string text(const Dims& dims) {
-  std::string out = "[";
-  for (size_t i = 0; i < dims.size(); ++i) out += (i ? ", " : "") + std::to_string(dims[i]);
-  return out + "]";
-}
-
-void require(bool holds, const std::string& sentence) {
-  if (!holds) throw std::invalid_argument(sentence);
-}
 
 void require_shape(const char* name, const Tensor& tensor, const Dims& expected) {
   require(tensor.dims == expected,

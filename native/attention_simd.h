@@ -31,14 +31,19 @@ inline __m512 exp2(__m512 x) {
 }
 inline float exp2(float x) { return _mm512_cvtss_f32(exp2(_mm512_set1_ps(x))); }
 
-// Scores outside [first, end) become -infinity; `vectors` vectors of 16 scores.
-inline void hide(float* s, int64_t vectors, int64_t first, int64_t end) {
+// Scores outside [first, end) become -infinity; `vectors` vectors of 16 scores. Returns the largest of
+// each lane.
+inline __m512 hide(float* s, int64_t vectors, int64_t first, int64_t end) {
   const __m512 never = _mm512_set1_ps(-__builtin_inff());
+  __m512 top = _mm512_set1_ps(LOWEST);
   for (int64_t v = 0; v < vectors; ++v) {
     const int64_t at = v * LANES;
     const __mmask16 seen = mask(end - at) & ~mask(first - at);
-    if (seen != 0xffff) _mm512_store_ps(s + at, _mm512_mask_loadu_ps(never, seen, s + at));
+    const __m512 score = _mm512_mask_loadu_ps(never, seen, s + at);
+    if (seen != 0xffff) _mm512_store_ps(s + at, score);
+    top = _mm512_max_ps(top, score);
   }
+  return top;
 }
 
 // Lane 4 i + e of the result is the sum of a[4 i + e]'s lanes.

@@ -6,6 +6,7 @@
 // Scores can be large, and bfloat16 keeps 8 bits. What all keys of a tile have in common adds the same to
 // all its scores, so each tile stores its keys less their mean, and the mean's score is added in float32.
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -21,9 +22,10 @@ using namespace simd;
 
 constexpr int ROWS = 6;            // rows of a register tile: 6 x 4 sums, 4 keys' vectors, 1 query
 constexpr int64_t CHUNK = 64;      // keys of a register tile
-constexpr int64_t TILE = 128;      // keys between two looks at the maximum
-constexpr int64_t BLOCK = 8 * ROWS;  // rows of a work item
+constexpr int64_t TILE = 512;      // keys between two looks at the maximum
+constexpr int64_t BLOCK = 16 * ROWS;  // rows of a work item
 constexpr int64_t PACKED_BYTES = 8 << 20;  // packed at a time
+constexpr int64_t AHEAD = 16;  // keys or values between what is packed and what is fetched: strides hide them
 
 // Sizes of one head's packed form, in words of 32 bits (a pair of bfloat16, or a float).
 struct Layout {
@@ -48,29 +50,33 @@ struct Packed {
   int64_t mean_tiles() const { return round_up(tiles(), LANES); }
 };
 
-void pack_keys(const Head& head, int64_t count, const Layout& layout, uint32_t* out, float* mean) {
+// Keys first .. count - 1 of a tile; their chunk's earlier ones are packed too, but have no part in the mean.
+void pack_keys(const Head& head, int64_t first, int64_t count, const Layout& layout, uint32_t* out,
+               float* mean) {
   const int64_t width = layout.width;
   for (int64_t c = 0; c < width; c += LANES) {
     const __mmask16 lanes = mask(width - c);
     __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < count; ++j)
+    for (int64_t j = first; j < count; ++j) {
+      _mm_prefetch(head.data + (j + AHEAD) * head.stride + c, _MM_HINT_T0);
       sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, head.data + j * head.stride + c));
-    sum = _mm512_mul_ps(sum, _mm512_set1_ps(1.0f / count));
+    }
+    sum = _mm512_mul_ps(sum, _mm512_set1_ps(1.0f / (count - first)));
     // A NaN or infinity stays with its own key.
     sum = _mm512_maskz_mov_ps(_mm512_knot(_mm512_fpclass_ps_mask(sum, 0x99)), sum);
     alignas(64) float sums[LANES];
     _mm512_store_ps(sums, sum);
     for (int64_t i = 0; i < std::min(LANES, width - c); ++i) mean[(c + i) * LANES] = sums[i];
   }
-  for (int64_t j = 0; j < count; j += LANES) {
-    uint32_t* to = out + j / CHUNK * CHUNK * layout.pairs + j % CHUNK;
-    for (int64_t c = 0; c < width; c += 2 * LANES) {
-      const __mmask16 low = mask(width - c), high = mask(width - c - LANES);
-      const __m512i every = _mm512_mullo_epi32(_mm512_set1_epi32(LANES), _mm512_set_epi32(
-          15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
-      const __m512 mean_low = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), low, every, mean + c * LANES, 4);
-      const __m512 mean_high = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), high, every,
-                                                        mean + (c + LANES) * LANES, 4);
+  const __m512i every = _mm512_mullo_epi32(_mm512_set1_epi32(LANES), _mm512_set_epi32(
+      15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  for (int64_t c = 0; c < width; c += 2 * LANES) {
+    const __mmask16 low = mask(width - c), high = mask(width - c - LANES);
+    const __m512 mean_low = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), low, every, mean + c * LANES, 4);
+    const __m512 mean_high = _mm512_mask_i32gather_ps(_mm512_setzero_ps(), high, every,
+                                                      mean + (c + LANES) * LANES, 4);
+    for (int64_t j = first / CHUNK * CHUNK; j < count; j += LANES) {
+      uint32_t* to = out + j / CHUNK * CHUNK * layout.pairs + j % CHUNK;
       __m512i r[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
@@ -90,15 +96,17 @@ void pack_keys(const Head& head, int64_t count, const Layout& layout, uint32_t* 
   }
 }
 
-void pack_values(const Head& head, int64_t count, const Layout& layout, uint32_t* out) {
+void pack_values(const Head& head, int64_t first, int64_t count, const Layout& layout, uint32_t* out) {
   // [16 of value 2 j | 16 of value 2 j + 1] -> pairs
   alignas(64) uint16_t order[32];
   for (int i = 0; i < 32; ++i) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
   const __m512i pairs = _mm512_load_si512(order);
-  for (int64_t j = 0; j < count; j += 2) {
+  for (int64_t j = first / CHUNK * CHUNK; j < count; j += 2) {
     const float* first = head.data + j * head.stride;
     for (int64_t c = 0; c < layout.padded; c += LANES) {
       const __mmask16 lanes = mask(layout.width - c), second = j + 1 < count ? lanes : 0;
+      _mm_prefetch(first + AHEAD * head.stride + c, _MM_HINT_T0);
+      _mm_prefetch(first + (AHEAD + 1) * head.stride + c, _MM_HINT_T0);
       const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(second, first + head.stride + c),
                                                 _mm512_maskz_loadu_ps(lanes, first + c));
       _mm512_store_si512(out + j / 2 * layout.padded + c, _mm512_permutexvar_epi16(pairs, (__m512i)both));
@@ -109,6 +117,7 @@ void pack_values(const Head& head, int64_t count, const Layout& layout, uint32_t
 void pack_tile(const Problem& problem, const Packed& packed, const Layout& layout, int64_t tile) {
   const int64_t b = packed.b, begin = tile * TILE;
   const int64_t end = std::min(begin + TILE, problem.end_key(b, problem.shape.queries - 1));
+  const int64_t first = std::max<int64_t>(0, problem.first_key(b, 0) - begin);  // that any query sees
   const int64_t count = end - begin, at = tile - packed.first;
   write_cache(problem, b, packed.head, begin, end);
   Head keys, values;
@@ -123,14 +132,14 @@ void pack_tile(const Problem& problem, const Packed& packed, const Layout& layou
     keys = keys_of<float>(problem, b, packed.head, begin);
     values = values_of<float>(problem, b, packed.head, begin);
   }
-  pack_keys(keys, count, layout, packed.keys + at * layout.key_tile(),
+  pack_keys(keys, first, count, layout, packed.keys + at * layout.key_tile(),
             packed.means + at / LANES * LANES * layout.width + at % LANES);
-  pack_values(values, count, layout, packed.values + at * layout.value_tile());
+  pack_values(values, first, count, layout, packed.values + at * layout.value_tile());
 }
 
-// s[r][n] = q[r] . k[n], for 16 * N keys of a chunk.
+// s[r][n] = q[r] . k[n], for 16 * N keys of a chunk; top[r] is the largest of each lane so far.
 template <int N>
-void scores(const uint32_t* q, const uint32_t* k, int64_t pairs, float* s) {
+void scores(const uint32_t* q, const uint32_t* k, int64_t pairs, float* s, __m512* top) {
   __m512 acc[ROWS][N];
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r)
@@ -148,9 +157,15 @@ void scores(const uint32_t* q, const uint32_t* k, int64_t pairs, float* s) {
     }
   }
 #pragma GCC unroll 6
-  for (int r = 0; r < ROWS; ++r)
+  for (int r = 0; r < ROWS; ++r) {
+    __m512 most = top[r];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) _mm512_store_ps(s + r * TILE + n * LANES, acc[r][n]);
+    for (int n = 0; n < N; ++n) {
+      _mm512_store_ps(s + r * TILE + n * LANES, acc[r][n]);
+      most = _mm512_max_ps(most, acc[r][n]);
+    }
+    top[r] = most;
+  }
 }
 
 // o[r] = o[r] * factor[r] + sum_j p[r][j] v[j], for 16 * N channels.
@@ -179,12 +194,13 @@ void mix(const uint32_t* p, int64_t pairs, const uint32_t* v, int64_t padded, co
     for (int n = 0; n < N; ++n) _mm512_store_ps(o + r * padded + n * LANES, acc[r][n]);
 }
 
-void scores(int64_t vectors, const uint32_t* q, const uint32_t* k, int64_t pairs, float* s) {
+void scores(int64_t vectors, const uint32_t* q, const uint32_t* k, int64_t pairs, float* s, __m512* top) {
+  for (int r = 0; r < ROWS; ++r) top[r] = _mm512_set1_ps(LOWEST);
   for (; vectors > 0; vectors -= 4, k += CHUNK * pairs, s += CHUNK) {
-    if (vectors >= 4) scores<4>(q, k, pairs, s);
-    else if (vectors == 3) scores<3>(q, k, pairs, s);
-    else if (vectors == 2) scores<2>(q, k, pairs, s);
-    else scores<1>(q, k, pairs, s);
+    if (vectors >= 4) scores<4>(q, k, pairs, s, top);
+    else if (vectors == 3) scores<3>(q, k, pairs, s, top);
+    else if (vectors == 2) scores<2>(q, k, pairs, s, top);
+    else scores<1>(q, k, pairs, s, top);
   }
 }
 
@@ -202,17 +218,32 @@ void mix(const uint32_t* p, int64_t pairs, const uint32_t* v, int64_t padded, co
   }
 }
 
+// 2^x for x <= 0 to 1.1e-4 (relative), finer than the bfloat16 that it becomes; 0 up to -127, NaN for a NaN
+// whose last 9 bits are zeros. In half the time of exp2(): n = round(x) comes by adding a number whose last
+// bit is worth 1, and goes into the exponent as an integer. p is fitted to 2^(x - n) as in exp2().
+inline __m512 coarse_exp2(__m512 x) {
+  const __m512 integers = _mm512_set1_ps(12582912.0f);  // 1.5 * 2^23
+  x = _mm512_max_ps(_mm512_set1_ps(-127.0f), x);         // the second operand where it is NaN
+  const __m512 t = _mm512_add_ps(x, integers);
+  const __m512 f = _mm512_sub_ps(x, _mm512_sub_ps(t, integers));
+  __m512 p = _mm512_set1_ps(0.055008946f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.242211168f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(0.693282948f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), n));
+}
+
 // One row of a tile: s -> weights 2^(s + common - maximum) in bfloat16. Updates the running maximum and
 // sum; returns what earlier sums are to be multiplied with.
-float softmax(const float* s, int64_t vectors, float common, uint16_t* p, float& maximum, float& sum) {
-  __m512 top = _mm512_set1_ps(LOWEST);
-  for (int64_t v = 0; v < vectors; ++v) top = _mm512_max_ps(top, _mm512_load_ps(s + v * LANES));
-  const float high = std::max(maximum, _mm512_reduce_max_ps(top) + common);
-  const float factor = exp2(maximum - high);
-  const __m512 shift = _mm512_set1_ps(common - high);
+float softmax(const float* s, int64_t vectors, float top, float common, uint16_t* p, float& maximum,
+              float& sum) {
+  const float high = std::max(maximum, top + common);
+  const float factor = exp2(maximum - high), less = common - high;
+  const __m512 shift = _mm512_set1_ps(std::isnan(less) ? __builtin_nanf("") : less);
   __m512 total = _mm512_setzero_ps();
   for (int64_t v = 0; v < vectors; ++v) {
-    const __m512 weight = exp2(_mm512_add_ps(_mm512_load_ps(s + v * LANES), shift));
+    const __m512 weight = coarse_exp2(_mm512_add_ps(_mm512_load_ps(s + v * LANES), shift));
     total = _mm512_add_ps(total, weight);
     _mm256_store_si256(reinterpret_cast<__m256i*>(p + v * LANES), (__m256i)_mm512_cvtneps_pbh(weight));
   }
@@ -247,9 +278,13 @@ struct Rows {
 void load_queries(const Problem& problem, const Packed& packed, const Layout& layout, int64_t first,
                   int64_t last, const Rows& rows, int64_t r) {
   const float scale = problem.shape.scale * LOG2E;
+  const auto query = [&](int64_t row) {
+    return problem.q + problem.row_offset(packed.b, packed.head, std::min(row, last));
+  };
   for (int64_t i = 0; i < ROWS; ++i) {
     const int64_t row = std::min(first + i, last);
-    const float* in = problem.q + problem.row_offset(packed.b, packed.head, row);
+    const float *in = query(row), *next = query(row + 2 * ROWS);  // strides hide it from the hardware
+    for (int64_t c = 0; c < layout.width; c += LANES) _mm_prefetch(next + c, _MM_HINT_T0);
     float* plain = rows.plain + i * layout.padded;
     rotate(problem, packed.b, row / problem.group(), in, scale, plain);
     auto* q = reinterpret_cast<uint16_t*>(rows.q + (r + i) * layout.pairs);
@@ -296,20 +331,26 @@ void block(const Problem& problem, const Packed& packed, const Layout& layout, i
       const int64_t top = query(first + r), bottom = query(first + r + ROWS - 1);
       const int64_t keys = std::min(TILE, problem.end_key(b, bottom) - begin);
       if (keys <= 0 || problem.first_key(b, top) >= begin + TILE) continue;
-      const int64_t vectors = (keys + LANES - 1) / LANES;
-      scores(vectors, rows.q + r * layout.pairs, packed.keys + at * layout.key_tile(), layout.pairs, rows.s);
-      if (problem.end_key(b, top) < begin + vectors * LANES || problem.first_key(b, bottom) > begin)
+      // A window may begin within the tile: its chunks before that are not touched.
+      const int64_t skipped = std::max<int64_t>(0, problem.first_key(b, top) - begin) / CHUNK * CHUNK;
+      const int64_t vectors = (keys - skipped + LANES - 1) / LANES, from = begin + skipped;
+      __m512 tops[ROWS];
+      scores(vectors, rows.q + r * layout.pairs,
+             packed.keys + at * layout.key_tile() + skipped * layout.pairs, layout.pairs, rows.s, tops);
+      if (problem.end_key(b, top) < from + vectors * LANES || problem.first_key(b, bottom) > from)
         for (int64_t i = 0; i < ROWS; ++i) {
           const int64_t each = query(first + r + i);
-          hide(rows.s + i * TILE, vectors, problem.first_key(b, each) - begin,
-               problem.end_key(b, each) - begin);
+          tops[i] = hide(rows.s + i * TILE, vectors, problem.first_key(b, each) - from,
+                         problem.end_key(b, each) - from);
         }
       float factor[ROWS];
       for (int64_t i = 0; i < ROWS; ++i)
-        factor[i] = softmax(rows.s + i * TILE, vectors, rows.common[(r + i) * packed.mean_tiles() + at],
+        factor[i] = softmax(rows.s + i * TILE, vectors, _mm512_reduce_max_ps(tops[i]),
+                            rows.common[(r + i) * packed.mean_tiles() + at],
                             reinterpret_cast<uint16_t*>(rows.p + i * (TILE / 2)), rows.maximum[r + i],
                             rows.sum[r + i]);
-      mix(rows.p, (keys + 1) / 2, packed.values + at * layout.value_tile(), layout.padded, factor,
+      mix(rows.p, (keys - skipped + 1) / 2,
+          packed.values + at * layout.value_tile() + skipped / 2 * layout.padded, layout.padded, factor,
           rows.o + r * layout.padded);
     }
   }

@@ -9,6 +9,7 @@ namespace vlm_edge {
 namespace {
 
 constexpr size_t kRows = 6;      // of x at a time: 6 x 4 sums, 4 weights and a broadcast in 32 registers
+constexpr size_t kAhead = 64;    // rows of W between what is packed and what is fetched
 
 // sum += products of four unsigned with four signed bytes. With the intrinsic GCC 12 keeps two copies
 // of each sum, which do not fit into the registers, and is less than half as fast.
@@ -26,6 +27,8 @@ void pack(const Linear& layer, const Blocks& blocks, size_t column, __mmask64 ma
     for (size_t r = 0; r < blocks.padded; r += 4, panel += 256) {
       // Past the last row x has zeros, and any weight will do.
       auto row = [&](size_t i) { return Weights::row(w + std::min(r + i, rows - 1) * stride, mask); };
+      // Strides hide the rows from the hardware. Fetching past the end is harmless.
+      unrolled<4>([&](auto i) INLINED { _mm_prefetch(w + (r + kAhead + i) * stride, _MM_HINT_T0); });
       __m512i v[4];
       interleave(row(0), row(1), row(2), row(3), v);
       in_order(v);
@@ -56,6 +59,12 @@ struct Panel {
     }
   }
 };
+
+// `rows` rows of a tile of y or of the residual, which the multiplication leaves time to fetch.
+void fetch(const float* data, size_t stride, size_t rows) {
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t i = 0; i < kColumns; i += 16) _mm_prefetch(data + r * stride + i, _MM_HINT_T0);
+}
 
 // M rows of x, from `row`, against a panel.
 template <size_t M>
@@ -116,8 +125,12 @@ void gemm(const Linear& layer, const Quantized& x, const Part& part, const Epilo
   Epilogue here = epilogue;
   for (size_t row = 0; row < part.rows; row += kRows) {
     const size_t rows = std::min(kRows, part.rows - row), at = row * y.stride;
+    if (epilogue.residual) {
+      here.residual = epilogue.residual + at;
+      fetch(here.residual, y.stride, rows);
+    }
+    fetch(y.data + at, y.stride, rows);
     kMultiply[rows - 1](panel, x, part.row + row, tile);
-    if (epilogue.residual) here.residual = epilogue.residual + at;
     finish(here, rows, part.columns, tile, kColumns, {y.data + at, y.stride});
   }
 }

@@ -7,6 +7,9 @@
 //
 // The instruction (vpdpbusd) multiplies unsigned by signed bytes: it gets w + offset, and
 // offset * sum(q) is taken off again. A NaN or an infinity in a row makes its outputs NaN.
+//
+// x_scale is the largest magnitude / 127, or clip / 127 where that is less: what lies outside is
+// clipped to it.
 #pragma once
 
 #include <algorithm>
@@ -46,6 +49,7 @@ struct Norm {
 struct LinearGroup {
   std::vector<Linear> layers;
   Norm norm;              // of x, before it is rounded
+  float clip;             // magnitude beyond which what is rounded is clipped; infinity: nowhere
   bool gated;             // two layers of the same n have one output: silu(first) * second
   Activation activation;  // of a single layer's output
   const float* factor;    // [n] or null: the output of a single layer, activated, is multiplied by it
@@ -109,8 +113,8 @@ struct Quantized {
       : blocks(cut), q(m * cut.row_bytes()), scale(m * cut.scales()), sum(m * cut.count) {}
 };
 
-// Row `m` of x, or what the norm made of it.
-void quantize(const float* row, size_t m, const Quantized& out);
+// Row `m` of x, or what the norm made of it; `clip` is the group's.
+void quantize(const float* row, size_t m, float clip, const Quantized& out);
 
 // y = norm of x, k values.
 void normalise(const float* x, const Norm& norm, size_t k, float* y);

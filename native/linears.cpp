@@ -76,7 +76,7 @@ void linears(const LinearGroup& group, size_t m, const float* x, const float* re
         normalise(values, group.norm, k, normal.get());
         values = normal.get();
       }
-      for (const Quantized& way : ways) quantize(values, row, way);
+      for (const Quantized& way : ways) quantize(values, row, group.clip, way);
     }
   });
 

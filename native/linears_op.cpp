@@ -2,6 +2,7 @@
 
 #include "linears_op.h"
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -10,16 +11,6 @@ namespace {
 
 constexpr size_t kNorm = 1, kNormBias = 2, kFactor = 3, kResidual = 4, kFirstWeight = 5;  // inputs
 constexpr size_t kMost = 3;  // weights
-
-std::string text(const Dims& dims) {
-  std::string out = "[";
-  for (size_t i = 0; i < dims.size(); ++i) out += (i ? ", " : "") + std::to_string(dims[i]);
-  return out + "]";
-}
-
-void require(bool holds, const std::string& sentence) {
-  if (!holds) throw std::invalid_argument(sentence);
-}
 
 Activation activation_of(const std::string& name) {
   const char* const names[] = {"", "gelu", "gelu_tanh", "quick_gelu"};  // as the enumeration
@@ -114,6 +105,9 @@ Linears::Linears(const Node& node) : adds_(node.has(kResidual)) {
   const float* norm = vector(kNorm, "norm", first.k);
   group_.norm = {norm, vector(kNormBias, "norm_bias", first.k), node.attribute("epsilon", 0.0f)};
   require(norm || !group_.norm.bias, "norm_bias needs norm");
+  const float clip = node.attribute("clip", 0.0f);
+  require(clip >= 0, "clip must not be negative, and is " + std::to_string(clip));
+  group_.clip = clip > 0 ? clip : std::numeric_limits<float>::infinity();
   group_.factor = vector(kFactor, "factor", first.n);
   group_.activation = activation_of(node.text("activation"));
   require(count == 1 || (!group_.factor && group_.activation == Activation::kNone),

@@ -8,11 +8,13 @@
 //         [K, N / 2] with two int4 in a byte. scale is [N] or [K / block, N].
 //   epsilon: of the norm. With `norm`, x is RMS-normalised before the layers read it; with `norm_bias`
 //            too, it is layer-normalised.
+//   clip: magnitude beyond which what the layers read (after the norm) is clipped when a token is
+//          rounded; 0: none.
 //   activation: "gelu" (exact), "gelu_tanh", "quick_gelu" or "".
 //   gate: "silu": two weights and one output, silu(first) * second. "": an output for each weight.
 //
-// activation, then factor, then residual follow the product of a single weight. All but x and residual are initializers and
-// stay where they lie: in the mapped file. linear.h says what is computed.
+// activation, then factor, then residual follow the product of a single weight. All but x and residual
+// are initializers and stay where they lie: in the mapped file. linear.h says what is computed.
 #pragma once
 
 #include "linear.h"

@@ -28,6 +28,17 @@ struct Operand {
 
 using Dims = std::vector<int64_t>;
 
+inline std::string text(const Dims& dims) {
+  std::string out = "[";
+  for (size_t i = 0; i < dims.size(); ++i) out += (i ? ", " : "") + std::to_string(dims[i]);
+  return out + "]";
+}
+
+// `sentence` is what the user reads where it does not hold.
+inline void require(bool holds, const std::string& sentence) {
+  if (!holds) throw std::invalid_argument(sentence);
+}
+
 inline void check(const OrtApi& api, OrtStatus* status) {
   if (!status) return;
   std::string message = call(api, ort::GetErrorMessage, status);

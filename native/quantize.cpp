@@ -32,7 +32,13 @@ float largest(const float* x, size_t n) {
   return std::isfinite(value) ? value : std::numeric_limits<float>::quiet_NaN();
 }
 
-// q = round(x * inverse) of n values, zeros up to `padded`; returns the sum of q.
+// 16 of x * inverse as integers between -127 and 127.
+ALWAYS_INLINE __m512i rounded(__m512 x, __m512 inverse) {
+  const __m512 most = _mm512_set1_ps(127.0f), least = _mm512_set1_ps(-127.0f);
+  return _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(_mm512_mul_ps(x, inverse), most), least));
+}
+
+// q = round(x * inverse) of n values, at most 127 in magnitude, zeros up to `padded`; returns the sum of q.
 int32_t round_all(const float* x, size_t n, size_t padded, float inverse, int8_t* q) {
   const __m512 factor = _mm512_set1_ps(inverse);
   const __m512i ones = _mm512_set1_epi8(1);
@@ -43,7 +49,7 @@ int32_t round_all(const float* x, size_t n, size_t padded, float inverse, int8_t
   for (; i + 64 <= n; i += 64) {
     __m512i v[4];
     unrolled<4>([&](auto j) INLINED {
-      v[j] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * j), factor));
+      v[j] = rounded(_mm512_loadu_ps(x + i + 16 * j), factor);
     });
     const __m512i low = _mm512_packs_epi32(v[0], v[1]), high = _mm512_packs_epi32(v[2], v[3]);
     const __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
@@ -53,7 +59,7 @@ int32_t round_all(const float* x, size_t n, size_t padded, float inverse, int8_t
   for (; i < padded; i += 16) {
     __mmask16 take = i >= n ? 0 : lanes(n - i);
     __mmask16 put = lanes(padded - i);
-    __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(take, x + i), factor));
+    __m512i v = rounded(_mm512_maskz_loadu_ps(take, x + i), factor);
     sum = _mm512_add_epi32(sum, v);
     _mm_mask_storeu_epi8(q + i, put, _mm512_cvtsepi32_epi8(v));
   }
@@ -62,11 +68,11 @@ int32_t round_all(const float* x, size_t n, size_t padded, float inverse, int8_t
 
 }  // namespace
 
-void quantize(const float* row, size_t m, const Quantized& out) {
+void quantize(const float* row, size_t m, float clip, const Quantized& out) {
   const Blocks& blocks = out.blocks;
   float inverse = 0;
   auto scale_of = [&](size_t at, size_t n) {
-    float amax = largest(row + at, n);
+    float amax = std::min(largest(row + at, n), clip);  // in this order a NaN stays
     inverse = 127.0f / amax;
     // Zeros, or values too small to have an inverse, are zeros. A NaN stays in the scale.
     if (std::isfinite(inverse)) return amax / 127.0f;

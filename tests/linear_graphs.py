@@ -33,21 +33,21 @@ class Layer:
         nibbles = (self.weight & 15).astype(np.uint8)
         return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
-    def quantized(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def quantized(self, x: np.ndarray, limit: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
         """Integers [rows, blocks, size] and their scales [rows, blocks], as native/linear.h says."""
         k = len(self.weight)
         count = 1 if self.scale.ndim == 1 else len(self.scale)
         rows = x.reshape(-1, count, k // count)
-        largest = np.abs(rows).max(-1, initial=0)
+        largest = np.minimum(np.abs(rows).max(-1, initial=0), np.float32(limit))
         with np.errstate(all="ignore"):
             inverse = np.float32(127) / largest
         usable = np.isfinite(inverse)
         inverse = np.where(usable, inverse, np.float32(0))
         scale = np.where(usable, largest / np.float32(127), np.float32(0))
-        return np.rint(rows * inverse[..., None]), scale
+        return np.rint(np.clip(rows * inverse[..., None], -127, 127)), scale
 
-    def expected(self, x: np.ndarray) -> np.ndarray:
-        q, scale = self.quantized(x)
+    def expected(self, x: np.ndarray, limit: float = np.inf) -> np.ndarray:
+        q, scale = self.quantized(x, limit)
         weight = self.weight.reshape(q.shape[1], q.shape[2], -1).astype(np.float64)
         sums = np.einsum("mbk,bkn->mbn", q.astype(np.float64), weight)
         y = (sums * scale[..., None] * self.scale.reshape(q.shape[1], -1)).sum(1)
@@ -86,6 +86,7 @@ class Group:
     norm_bias: np.ndarray | None = None
     activation: str = ""
     factor: np.ndarray | None = None
+    clip: float = 0.0
 
     def expected(self, x: np.ndarray, residual: np.ndarray | None = None) -> list[np.ndarray]:
         if self.norm is not None:
@@ -95,7 +96,7 @@ class Group:
             factor = (1 / np.sqrt(mean + np.float32(self.epsilon))).astype(np.float32)
             x = x * factor * self.norm
             x = x if self.norm_bias is None else x + self.norm_bias
-        y = [layer.expected(x) for layer in self.layers]
+        y = [layer.expected(x, self.clip or np.inf) for layer in self.layers]
         if self.gate:
             first = y[0].astype(np.float64)
             y = [(first * sigmoid(first) * y[1]).astype(np.float32)]
@@ -141,6 +142,7 @@ def model(
     residual: tuple[Any, ...] | None = None,
     gate: str = "",
     activation: str = "",
+    clip: float = 0.0,
     outputs: int | None = None,
 ) -> ir.Model:
     """One node over an input x of this shape; (weight, scale, bias or None) as stored, times up to three.
@@ -166,7 +168,7 @@ def model(
     bits = [8] * len(weights) if bits is None else bits
     attributes = [ir.AttrInt64s("bits", bits)] if bits else []
     attributes += [ir.AttrFloat32("epsilon", epsilon), ir.AttrString("gate", gate)]
-    attributes += [ir.AttrString("activation", activation)]
+    attributes += [ir.AttrString("activation", activation), ir.AttrFloat32("clip", clip)]
     count = (1 if gate else len(weights)) if outputs is None else outputs
     made = [ir.Value(name=f"y{i}", type=FLOAT) for i in range(count)]
     node = ir.Node("vlm_edge", "Linears", inputs, attributes, outputs=made)
@@ -205,6 +207,7 @@ def open_group(group: Group, threads: int = 2, rank: int = 2) -> Any:
             residual=(*first, n) if group.adds else None,
             gate=group.gate,
             activation=group.activation,
+            clip=group.clip,
         ),
         threads,
     )

@@ -98,3 +98,30 @@ def test_the_result_is_that_of_the_parts() -> None:
     (inner,) = Group([GATE, UP], NORM, 0.5, "silu").expected(x)
     (expected,) = Group([DOWN], adds=True).expected(inner, residual)
     assert np.abs(found - expected).max() < 1e-2 * np.abs(expected).max()  # one step of int8
+
+
+@pytest.mark.parametrize(("clips", "count"), [((3.0, 3.0), 1), ((3.0, 0.0), 2)])
+def test_layers_share_an_operator_if_they_clip_their_input_alike(
+    clips: tuple[float, float], count: int
+) -> None:
+    x = ir.Value(name="x", type=FLOAT, shape=ir.Shape(["rows", K]))
+    initializers: list[ir.Value] = []
+    nodes = []
+    for i, (layer, clip) in enumerate(zip((GATE, UP), clips, strict=True)):
+        initializers += [constant(f"w{i}", layer.weight), constant(f"s{i}", layer.scale)]
+        out = ir.Value(name=f"y{i}", type=FLOAT, shape=ir.Shape(["rows", N]))
+        attributes = [ir.AttrFloat32("clip", clip)]
+        inputs = [x, *initializers[-2:]]
+        nodes.append(ir.Node("vlm_edge", "LinearInt8", inputs, attributes, outputs=[out]))
+    graph = ir.Graph(
+        [x],
+        [node.outputs[0] for node in nodes],
+        nodes=nodes,
+        initializers=initializers,
+        opset_imports={"": 23, "vlm_edge": 1},
+        name="pair",
+    )
+    model = ir.Model(graph, ir_version=10)
+    assert joined(model) == ["Linears"] * count
+    kept = [node.attributes.get_float("clip") for node in model.graph]
+    assert kept == list(dict.fromkeys(clips))

@@ -101,7 +101,8 @@ def groups(draw: st.DrawFn) -> tuple[Group, np.random.Generator]:
         # as many of its value as the argument is large.
         scale = np.float32(1 / 127 / np.sqrt(k))
         layers[0] = Layer(layers[0].bits, layers[0].weight, layers[0].scale * scale, layers[0].bias)
-    group = Group(layers, norm, epsilon, gate, norm_bias=norm_bias)
+    clip = draw(st.sampled_from([0.0, 0.5, 2.5]))
+    group = Group(layers, norm, epsilon, gate, norm_bias=norm_bias, clip=clip)
     if count > 1:
         return group, rng
     n = layers[0].weight.shape[1]
@@ -321,6 +322,35 @@ def test_nan_and_infinity_stay_visible(
         assert np.array_equal(np.delete(found, 1, 0), np.delete(good, 1, 0))
 
 
+@pytest.mark.parametrize("k", [1, 15, 64, 77, 577])
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("far", [3.0, 1e12, -3e38])
+def test_a_channel_far_outside_is_clipped_and_the_others_keep_their_steps(
+    k: int, rows: int, far: float
+) -> None:
+    """far * 127 / clip is no int32, and in float32 it may be infinite."""
+    rng = np.random.default_rng(k)
+    layer = random_layer(rng, 8, k, 70, None, bias=True)
+    x = rng.uniform(-0.5, 0.5, (rows, k)).astype(np.float32)
+    session = open_group(Group([layer], clip=0.5))
+    for where in {0, k // 2, k - 1}:
+        outside, inside = x.copy(), x.copy()
+        outside[-1, where], inside[-1, where] = far, np.copysign(0.5, far)
+        found = run(session, outside)
+        assert np.array_equal(found, run(session, inside))
+        assert close(found, layer.expected(inside))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_not_clipped(value: float) -> None:
+    layer = random_layer(np.random.default_rng(17), 8, 77, 70, None, bias=True)
+    x = np.ones((6, 77), np.float32)
+    x[1, 76] = value
+    found = run(open_group(Group([layer], clip=0.5)), x)
+    assert np.isnan(found[1]).all()
+    assert np.isfinite(np.delete(found, 1, 0)).all()
+
+
 @pytest.mark.parametrize("rows", [1, 30])
 def test_zeros_and_values_too_small_for_a_scale_give_the_bias(rows: int) -> None:
     layer = random_layer(np.random.default_rng(8), 8, 64, 70, 32, bias=True)
@@ -428,6 +458,7 @@ X = (1, 8)
         (model(ONE * 2, X, activation="gelu"), "follows one weight, and there are 2"),
         (model(ONE * 2, X, factor=S), "follows one weight, and there are 2"),
         (model(ONE, X, activation="relu"), 'activation must be "gelu", .* or empty, and is "relu"'),
+        (model(ONE, X, clip=-1.0), "clip must not be negative"),
         (model(ONE, X, factor=S[:5]), r"factor must be an initializer \[6\], and is \[5\]"),
         (model(ONE, X, norm_bias=np.ones(8, np.float32)), "norm_bias needs norm"),
         (model(ONE, X, norm=S), r"norm must be an initializer \[8\], and is \[6\]"),

@@ -30,6 +30,7 @@ class _Group:
     x: ir.Value
     norm: tuple[ir.Value | None, ir.Value | None] = (None, None)  # scale, bias
     epsilon: float = 0.0
+    clip: float = 0.0
     activation: str = ""
     factor: ir.Value | None = None
     residual: ir.Value | None = None
@@ -42,10 +43,10 @@ def join(graph: ir.Graph, domain: str) -> None:
 
     Nodes that nothing reads must be gone from the graph: a value's readers decide what is joined.
     """
-    groups: dict[ir.Value, list[ir.Node]] = {}
+    groups: dict[tuple[ir.Value, float], list[ir.Node]] = {}
     for node in graph:
         if node.op_type in BITS and node.domain == domain and node.inputs[0] is not None:
-            groups.setdefault(node.inputs[0], []).append(node)
+            groups.setdefault((node.inputs[0], _clip(node)), []).append(node)
     for layers in groups.values():
         for start in range(0, len(layers), MOST):
             _write(graph, domain, _group(graph, layers[start : start + MOST]))
@@ -55,7 +56,8 @@ def join(graph: ir.Graph, domain: str) -> None:
 def _group(graph: ir.Graph, layers: list[ir.Node]) -> _Group:
     x = layers[0].inputs[0]  # what an earlier group put in the place of what it was
     assert x is not None
-    group = _Group(layers, x, outputs=[layer.outputs[0] for layer in layers])
+    outputs = [layer.outputs[0] for layer in layers]
+    group = _Group(layers, x, clip=_clip(layers[0]), outputs=outputs)
     norm = x.producer()
     alone = len(layers) == len(x.uses()) and x not in graph.outputs
     if norm is not None and alone and _of_last_axis(norm):
@@ -86,6 +88,7 @@ def _write(graph: ir.Graph, domain: str, group: _Group) -> None:
         {
             "bits": [BITS[layer.op_type] for layer in group.layers],
             "epsilon": group.epsilon,
+            "clip": group.clip,
             "gate": group.gate,
             "activation": group.activation,
         },
@@ -97,6 +100,10 @@ def _write(graph: ir.Graph, domain: str, group: _Group) -> None:
     graph.insert_after(_last(graph, group.outputs), joined)
     for old, new in zip(group.outputs, joined.outputs, strict=True):
         rewrite.take_over(old, new)
+
+
+def _clip(layer: ir.Node) -> float:
+    return layer.attributes.get_float("clip", 0.0)
 
 
 def _last(graph: ir.Graph, values: Sequence[ir.Value]) -> ir.Node:
