@@ -19,7 +19,8 @@ except ImportError as error:
     raise ExtraMissing("cpu", "onnxruntime", "running a bundle on the CPU") from error
 
 CHUNK = 256  # positions prefilled at once: keeps attention scores and activations small
-STEP = 64  # positions the cache grows by at least
+STEP = 64  # positions the cache grows by at least, where attention computes the whole width
+ROOM = 256  # and where it does not
 
 
 def open_session(graph: Path, name: str, threads: int | None, frugal: bool = False) -> Any:
@@ -96,8 +97,9 @@ class OrtDecoder:
     """The language model (`engine.Decoder`), batch 1.
 
     Each of a layer's cache arrays is bound as input and output, so a step writes one position and
-    copies nothing. It grows a little at a time: memory follows the conversation, and ONNX's own attention
-    computes the whole width it is given.
+    copies nothing. It grows with the conversation. Attention that asks for a mask computes the whole
+    width it is given, so its cache grows a little at a time; other attention touches no position that is
+    not written yet, so its cache grows by half: what is ahead is address space, hardly memory.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
@@ -148,8 +150,9 @@ class OrtDecoder:
             raise EngineFailure("llm", "it is closed")
         if needed <= self.capacity:
             return
-        # An eighth more at a time, so that copying stays a small share whatever the length.
-        step = max(STEP, needed // 8 // STEP * STEP)
+        # A share of the length at a time, so that copying stays a small part whatever the length.
+        least, share = (STEP, 8) if self._windows else (ROOM, 2)
+        step = max(least, needed // share // STEP * STEP)
         capacity = -(-needed // step) * step
         self._step = None  # its bindings point at the old arrays
         for name, new in empty_cache(self._settings, capacity).items():
@@ -167,7 +170,7 @@ class _Step:
         self.logits = logits
         self._embeds = np.empty((1, size, settings.width), np.float32)
         self._positions = np.empty((1, size), np.int64)
-        self._write = np.empty((1,), np.int64)
+        self._write = self._positions[0, :1]  # a step writes where it begins
         self._masks = {
             name: np.empty((1, 1, size, capacity), np.float32) for name in decoder._windows
         }
@@ -194,7 +197,6 @@ class _Step:
         size = self._positions.shape[1]
         self._embeds[0] = embeds
         self._positions[0] = np.arange(start, start + size)
-        self._write[0] = start
         for name, window in self._windows.items():
             self._masks[name][0, 0] = causal_mask(self._positions[0], self._capacity, window)
         try:

@@ -62,8 +62,8 @@ class Sampler:
             EngineFailure: the logits are NaN or infinite.
         """
         scores = self._penalized(np.asarray(logits, dtype=np.float32), token_ids)
-        best = int(np.argmax(scores))  # a NaN counts as the largest
-        if not np.isfinite(scores[best]):
+        best = int(scores.argmax())  # a NaN counts as the largest
+        if not math.isfinite(scores[best]):
             raise EngineFailure(
                 "llm",
                 f"its logits hold {scores[best]}; the prompt or a quantized weight overflows, "
@@ -163,6 +163,8 @@ class StopStrings:
         """The part of the text so far that is certain now and has not been returned yet."""
         if self.stopped:
             return ""
+        if not self._stops:
+            return text
         text, self._held = self._held + text, ""
         # The one that ends first wins: how the text was cut into pieces must not matter.
         found = [(text.find(stop), stop) for stop in self._stops if stop in text]

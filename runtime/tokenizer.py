@@ -129,9 +129,11 @@ class _Bytes:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int, token: str) -> str:
-        if all(char in _BYTES for char in token):
-            return self._utf8.decode(bytes(_BYTES[char] for char in token))
-        return self._utf8.decode(token.encode())  # an added token is written as it is
+        try:
+            text = bytes([_BYTES[char] for char in token])
+        except KeyError:  # an added token is written as it is
+            text = token.encode()
+        return self._utf8.decode(text)
 
     def flush(self) -> str:
         text = self._utf8.decode(b"", final=True)
