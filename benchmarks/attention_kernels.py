@@ -10,10 +10,8 @@ the context, which is the best case of the standard operators: they compute the 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,7 @@ import numpy as np
 from vlm_edge.benchmarks import onnx_bytes
 from vlm_edge.benchmarks.machine import describe, usable_cores
 from vlm_edge.benchmarks.onnx_bytes import Node
-from vlm_edge.errors import ExtraMissing
+from vlm_edge.benchmarks.operators import Subject, open_graph, time_in_turn
 from vlm_edge.runtime import native
 
 DOMAINS = {"": 24, "com.microsoft": 1, native.DOMAIN: 1}
@@ -65,27 +63,6 @@ SHAPES = (
     Shape("Qwen2-0.5B decode", 1, 14, 2, 64, 600),
     Shape("Llama-7B decode", 1, 32, 32, 128, 600),
 )
-
-
-@dataclass
-class Subject:
-    name: str
-    session: Any
-    binding: Any
-    seconds: list[float] = field(default_factory=list)
-
-    def run(self) -> None:
-        start = time.perf_counter()
-        self.session.run_with_iobinding(self.binding)
-        self.seconds.append(time.perf_counter() - start)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def best(self) -> float:
-        return min(self.seconds)
 
 
 def arrays(shape: Shape) -> dict[str, np.ndarray]:
@@ -172,11 +149,6 @@ def forms(shape: Shape) -> Mapping[str, list[Node]]:
 def subject(
     name: str, nodes: Sequence[Node], inputs: Mapping[str, np.ndarray], threads: int
 ) -> Subject:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ExtraMissing("cpu", "onnxruntime", "measuring kernels") from error
-
     used = {
         key: array for key, array in inputs.items() if any(key in node.inputs for node in nodes)
     }
@@ -197,12 +169,9 @@ def subject(
         {},
         DOMAINS,
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.register_custom_ops_library(str(native.library()))
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # as the runtime does
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = open_graph(content, threads)
+    import onnxruntime  # `open_graph` says what to do where it is missing
+
     binding = session.io_binding()
     for key, array in used.items():
         value = onnxruntime.OrtValue.ortvalue_from_numpy(array.copy())
@@ -234,11 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         subjects = [
             subject(name, nodes, inputs, given.threads) for name, nodes in forms(shape).items()
         ]
-        for _ in range(given.rounds + 1):
-            for each in subjects:
-                each.run()
+        time_in_turn(subjects, given.rounds)
         for i, each in enumerate(subjects):
-            del each.seconds[0]  # the warm-up
             tokens = (
                 f"{shape.queries}" if shape.start is None else f"{shape.queries} at {shape.start}"
             )

@@ -35,35 +35,45 @@ Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 def vision_shapes(config: dict[str, Any]) -> Shapes:
     """Names and shapes of the encoder's tensors as LLaVA checkpoints spell them."""
-    width, hidden, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
+    width, patch = config["hidden_size"], config["patch_size"]
     root = "vision_tower.vision_model"
     yield f"{root}.embeddings.class_embedding", (width,)
     yield f"{root}.embeddings.patch_embedding.weight", (width, 3, patch, patch)
     positions = (config["image_size"] // patch) ** 2 + 1
     yield f"{root}.embeddings.position_embedding.weight", (positions, width)
     for name in ("pre_layrnorm", "post_layernorm"):
-        yield from _affine(f"{root}.{name}", (width,))
+        yield from affine(f"{root}.{name}", (width,))
+    yield from vision_layer_shapes(config, root)
+
+
+def vision_layer_shapes(config: dict[str, Any], root: str) -> Shapes:
+    """Names and shapes of the layers that CLIP and SigLIP have in common."""
+    width, hidden = config["hidden_size"], config["intermediate_size"]
     for index in range(config["num_hidden_layers"]):
         layer = f"{root}.encoder.layers.{index}"
         for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            yield from _affine(f"{layer}.self_attn.{name}", (width, width))
-        yield from _affine(f"{layer}.mlp.fc1", (hidden, width))
-        yield from _affine(f"{layer}.mlp.fc2", (width, hidden))
+            yield from affine(f"{layer}.self_attn.{name}", (width, width))
+        yield from affine(f"{layer}.mlp.fc1", (hidden, width))
+        yield from affine(f"{layer}.mlp.fc2", (width, hidden))
         for name in ("layer_norm1", "layer_norm2"):
-            yield from _affine(f"{layer}.{name}", (width,))
+            yield from affine(f"{layer}.{name}", (width,))
 
 
-def language_shapes(config: dict[str, Any]) -> Shapes:
-    """Names and shapes of a Qwen2 decoder's tensors."""
+def language_shapes(
+    config: dict[str, Any],
+    root: str = "language_model.model",
+    head: str = "language_model.lm_head",
+) -> Shapes:
+    """Names and shapes of a Qwen2 decoder's tensors, or of a Llama's, which has no biases."""
     width, hidden, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     kv = width // config["num_attention_heads"] * config["num_key_value_heads"]
-    root = "language_model.model"
+    projection = affine if config["model_type"] == "qwen2" else linear
     yield f"{root}.embed_tokens.weight", (vocab, width)
     for index in range(config["num_hidden_layers"]):
         layer = f"{root}.layers.{index}"
-        yield from _affine(f"{layer}.self_attn.q_proj", (width, width))
-        yield from _affine(f"{layer}.self_attn.k_proj", (kv, width))
-        yield from _affine(f"{layer}.self_attn.v_proj", (kv, width))
+        yield from projection(f"{layer}.self_attn.q_proj", (width, width))
+        yield from projection(f"{layer}.self_attn.k_proj", (kv, width))
+        yield from projection(f"{layer}.self_attn.v_proj", (kv, width))
         yield f"{layer}.self_attn.o_proj.weight", (width, width)
         for name in ("gate_proj", "up_proj"):
             yield f"{layer}.mlp.{name}.weight", (hidden, width)
@@ -71,17 +81,21 @@ def language_shapes(config: dict[str, Any]) -> Shapes:
         for name in ("input_layernorm", "post_attention_layernorm"):
             yield f"{layer}.{name}.weight", (width,)
     yield f"{root}.norm.weight", (width,)
-    yield "language_model.lm_head.weight", (vocab, width)
+    yield f"{head}.weight", (vocab, width)
 
 
-def _affine(name: str, shape: tuple[int, ...]) -> Shapes:
+def linear(name: str, shape: tuple[int, ...]) -> Shapes:
+    yield f"{name}.weight", shape
+
+
+def affine(name: str, shape: tuple[int, ...]) -> Shapes:
     yield f"{name}.weight", shape
     yield f"{name}.bias", shape[:1]
 
 
 def projector_shapes(inputs: int, outputs: int) -> Shapes:
-    yield from _affine("multi_modal_projector.linear_1", (outputs, inputs))
-    yield from _affine("multi_modal_projector.linear_2", (outputs, outputs))
+    yield from affine("multi_modal_projector.linear_1", (outputs, inputs))
+    yield from affine("multi_modal_projector.linear_2", (outputs, outputs))
 
 
 def write_weights(path: Path, shapes: list[tuple[str, tuple[int, ...]]], seed: int) -> None:
@@ -111,10 +125,10 @@ def write_tokenizer(folder: Path, image_token_id: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<image>", special=True)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    _json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
-def _json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
@@ -129,19 +143,19 @@ def main(folder: Path, seed: int) -> None:
         "model_type": "llava", "image_token_index": image_token_id, "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default", "vision_config": VISION, "text_config": TEXT,
     }  # fmt: skip
-    _json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     size = VISION["image_size"]
     image = {
         "image_processor_type": "CLIPImageProcessor", "resample": 3,
         "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
     }  # fmt: skip
-    _json(folder / "preprocessor_config.json", image)
+    write_json(folder / "preprocessor_config.json", image)
     processor = {
         "processor_class": "LlavaProcessor", "image_token": "<image>",
         "patch_size": VISION["patch_size"], "num_additional_image_tokens": 1,
         "vision_feature_select_strategy": "default",
     }  # fmt: skip
-    _json(folder / "processor_config.json", processor)
+    write_json(folder / "processor_config.json", processor)
     write_tokenizer(folder, image_token_id)
     shapes = [
         *vision_shapes(VISION),

@@ -15,7 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import numpy as np
 from vlm_edge.benchmarks import onnx_bytes
 from vlm_edge.benchmarks.machine import describe, usable_cores
 from vlm_edge.benchmarks.onnx_bytes import Node
-from vlm_edge.errors import ExtraMissing
+from vlm_edge.benchmarks.operators import Subject, open_graph, time_in_turn
 from vlm_edge.runtime import native
 
 if TYPE_CHECKING:
@@ -50,25 +50,6 @@ class Built:
         return sum(array.nbytes for array in self.constants.values())
 
 
-@dataclass
-class Subject:
-    name: str
-    session: Any
-    binding: Any
-    copies: int
-    read: int
-    seconds: list[float] = field(default_factory=list)
-
-    def run(self) -> None:
-        start = time.perf_counter()
-        self.session.run_with_iobinding(self.binding)
-        self.seconds.append((time.perf_counter() - start) / self.copies)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
 def _block(k: int) -> int:
     return 128 if k % 128 == 0 else 64
 
@@ -78,7 +59,7 @@ def _own(bits: int, k: int, n: int, block: int | None, i: int, rng: np.random.Ge
         f"w{i}": rng.integers(0, 256, (k, n * bits // 8), np.uint8),
         f"s{i}": np.full((n,) if block is None else (k // block, n), 0.01, np.float32),
     }
-    inputs = ["x", "", "", *constants]  # no norm, no residual
+    inputs = ["x", "", "", "", "", *constants]  # no norm, its bias, factor, residual
     return Built([Node("Linears", inputs, [f"y{i}"], native.DOMAIN, {"bits": [bits]})], constants)
 
 
@@ -122,11 +103,6 @@ KERNELS: dict[str, Callable[[int, int, int, np.random.Generator], Built]] = {
 
 def subject(name: str, k: int, n: int, rows: int, threads: int) -> Subject:
     """A session with copies of the layer, each with weights of its own."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ExtraMissing("cpu", "onnxruntime", "measuring kernels") from error
-
     rng = np.random.default_rng(0)
     layers: list[Built] = []
     while not layers or (rows == 1 and sum(each.read for each in layers) < BEYOND_CACHE):
@@ -138,12 +114,7 @@ def subject(name: str, k: int, n: int, rows: int, threads: int) -> Subject:
         {name: array for each in layers for name, array in each.constants.items()},
         DOMAINS,
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Or the threads of one session go on spinning and take the processors from the next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.register_custom_ops_library(str(native.library()))
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session = open_graph(content, threads)
     binding = session.io_binding()
     binding.bind_cpu_input("x", rng.standard_normal((rows, k), dtype=np.float32))
     for output in session.get_outputs():
@@ -182,12 +153,7 @@ class Limits:
 
 def measure(k: int, n: int, rows: int, threads: int, rounds: int, limits: Limits) -> list[Subject]:
     subjects = [subject(name, k, n, rows, threads) for name in KERNELS]
-    for _ in range(rounds + 1):
-        for each in subjects:
-            each.run()
-        limits.run()
-    for each in subjects:
-        del each.seconds[0]  # the warm-up
+    time_in_turn(subjects, rounds, limits.run)
     return subjects
 
 

@@ -30,6 +30,8 @@ class Settings:
     prompt: str | None = None
     prompt_tokens: int | None = None  # in all, visual tokens included; None: as the prompt is
     new_tokens: int = 64
+    max_tiles: int | None = None  # of the picture
+    max_visual_tokens: int | None = None
     runs: int = 10
     warmup: int = 2
     threads: int | None = None
@@ -159,6 +161,9 @@ def measure(
         "image": None if settings.no_image else image,
         "prompt_tokens": facts["prompt_tokens"],
         "visual_tokens": facts["visual_tokens"],
+        "tiles": facts["tiles"],
+        "max_tiles": settings.max_tiles,
+        "max_visual_tokens": settings.max_visual_tokens,
         "new_tokens": settings.new_tokens,
         "runs": settings.runs,
         "warmup": settings.warmup,

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from vlm_edge.calibration.divergence import kl_divergence, log_softmax
 from vlm_edge.errors import SettingError
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.feeds import prefill_feeds
@@ -80,7 +81,7 @@ class Score:
         q, p = log_softmax(logits), log_softmax(reference)
         self.tokens += len(targets)
         self.loss -= float(q[np.arange(len(targets)), targets].sum())
-        self.kl += float((np.exp(p) * (p - q)).sum())
+        self.kl += float(kl_divergence(q, p).sum())
         self.same += int((q.argmax(axis=1) == p.argmax(axis=1)).sum())
 
     @property
@@ -96,12 +97,6 @@ class Score:
             "kl": self.kl / self.tokens,
             "top1_agreement": self.same / self.tokens,
         }
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """float64 [n, vocab]"""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def windows(ids: Sequence[int], length: int) -> Iterator[np.ndarray]:

@@ -33,7 +33,6 @@ from rich.progress import track
 from rich.table import Table
 
 from vlm_edge.benchmarks import machine
-from vlm_edge.benchmarks.perplexity import log_softmax
 from vlm_edge.benchmarks.quantizers_subjects import (
     NncfWorker,
     Row,
@@ -45,6 +44,7 @@ from vlm_edge.benchmarks.quantizers_subjects import (
 from vlm_edge.benchmarks.schema import spread
 from vlm_edge.benchmarks.table import number
 from vlm_edge.calibration import data as calibration_data
+from vlm_edge.calibration.divergence import divergence
 from vlm_edge.calibration.ranges import feature_error
 
 BUNDLES: dict[str, tuple[str, ...]] = {"fp32": (), "int8": ("--int8",), "int4": ("--int4",)}
@@ -73,15 +73,7 @@ def errors(
     if task.kind == "features":
         error = feature_error(pairs)
         return {"cosine": error.cosine, "relative_error": error.relative}
-    divergences, same = [], []
-    for logits, reference in pairs:
-        q, p = log_softmax(logits[0]), log_softmax(reference[0])
-        divergences.append((np.exp(p) * (p - q)).sum(axis=1))
-        same.append(q.argmax(axis=1) == p.argmax(axis=1))
-    return {
-        "kl": float(np.concatenate(divergences).mean()),
-        "top1_agreement": float(np.concatenate(same).mean()),
-    }
+    return asdict(divergence(pairs))
 
 
 def measure(

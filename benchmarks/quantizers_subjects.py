@@ -20,6 +20,7 @@ from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.feeds import prefill_feeds
 from vlm_edge.runtime.ort import open_session, processors
+from vlm_edge.runtime.picture import open_picture
 from vlm_edge.runtime.vlm import VLM
 
 Feeds = dict[str, np.ndarray]
@@ -76,7 +77,7 @@ class Row:
 def tasks(bundle: Path, data: CalibrationSet) -> list[Task]:
     """The parts of a full-precision bundle with their inputs, made by the runtime's own stages."""
     with VLM.load(bundle) as vlm:
-        pixels = [vlm.pixels(path) for path in data.paths]
+        pixels = [vlm.pixels(open_picture(path, vlm.tiler)) for path in data.paths]
         features = [vlm.vision.run({"pixel_values": p})["features"] for p in pixels]
         embeds = [_embeds(vlm, prompt.text, [data.paths[i] for i in prompt.pictures])
                   for prompt in data.prompts]  # fmt: skip

@@ -59,8 +59,9 @@ def _machine(machine: dict[str, Any]) -> str:
 
 def title(report: Report) -> str:
     settings = report.settings
+    tiles = f" of {settings['tiles']} tiles" if settings["tiles"] > 1 else ""
     return (
-        f"{settings['prompt_tokens']} prompt tokens ({settings['visual_tokens']} visual), "
+        f"{settings['prompt_tokens']} prompt tokens ({settings['visual_tokens']} visual{tiles}), "
         f"{settings['new_tokens']} new; median of {settings['runs']} runs"
     )
 

@@ -22,6 +22,7 @@ from vlm_edge.benchmarks.filler import fill
 from vlm_edge.errors import EngineFailure, VlmEdgeError
 
 if TYPE_CHECKING:
+    from vlm_edge.runtime.prompt import BuiltPrompt
     from vlm_edge.runtime.vlm import VLM
 
 QUESTION = "Describe the image."
@@ -67,11 +68,15 @@ class Subject:
         prompt: str | None,
         prompt_tokens: int | None,
         new_tokens: int,
+        max_tiles: int | None,
+        max_visual_tokens: int | None,
         threads: int | None,
         device: str,
     ) -> None:
         from vlm_edge import VLM
+        from vlm_edge.runtime.tiling import TileLimits
 
+        self.limits = TileLimits(max_tiles, max_visual_tokens)
         self.vlm: VLM = VLM.load(bundle, device=device, threads=threads)
         self.new_tokens = new_tokens
         self.prompt = prompt or QUESTION
@@ -85,21 +90,28 @@ class Subject:
     def facts(self) -> dict[str, Any]:
         """What the report says beside the figures."""
         manifest = self.vlm.manifest
-        built = self.vlm.build_prompt(self.prompt, self.images, self.template)
+        built = self._built(self.prompt)
         return {
             "load_s": self.vlm.load_s,
             "architecture": manifest.architecture,
             "producer": manifest.producer,
             "precisions": {name: engine.precision for name, engine in manifest.engines.items()},
             "prompt_tokens": len(built.token_ids),
-            "visual_tokens": sum(built.visual_tokens),
+            "visual_tokens": built.visual_tokens,
+            "tiles": sum(picture.plan.tiles for picture in built.pictures),
         }
 
     def run(self) -> dict[str, float]:
         """One whole request with nothing remembered from the one before."""
         self.vlm.clear_image_cache()
         result = self.vlm.generate(
-            self.prompt, self.images, self.template, max_new_tokens=self.new_tokens, ignore_eos=True
+            self.prompt,
+            self.images,
+            self.template,
+            max_new_tokens=self.new_tokens,
+            ignore_eos=True,
+            max_tiles=self.limits.max_tiles,
+            max_visual_tokens=self.limits.max_visual_tokens,
         )
         if len(result.token_ids) != self.new_tokens:
             found = len(result.token_ids)
@@ -118,7 +130,10 @@ class Subject:
         return sample
 
     def _count(self, prompt: str) -> int:
-        return len(self.vlm.build_prompt(prompt, self.images, self.template).token_ids)
+        return len(self._built(prompt).token_ids)
+
+    def _built(self, prompt: str) -> BuiltPrompt:
+        return self.vlm.build_prompt(prompt, self.images, self.template, self.limits)
 
 
 def picture() -> bytes:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from vlm_edge.calibration.divergence import divergence
 from vlm_edge.calibration.ranges import feature_error
 from vlm_edge.errors import CalibrationError
 
@@ -37,22 +38,8 @@ class Measure:
     power: int
 
 
-def kl_divergence(pairs: Pairs) -> float:
-    """Mean KL divergence (nats) of the exact distribution to the found one; logits [..., vocab]."""
-    divergences = []
-    for found, exact in pairs:
-        p, q = _log_softmax(exact), _log_softmax(found)
-        divergences.append((np.exp(p) * (p - q)).sum(axis=-1).ravel())
-    return float(np.concatenate(divergences).mean())
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
 RELATIVE = Measure(lambda pairs: feature_error(pairs).relative, 2)
-KL = Measure(kl_divergence, 1)
+KL = Measure(lambda pairs: divergence(pairs).kl, 1)
 
 
 class Switchboard:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlm_edge.calibration.sensitivity import KL
 from vlm_edge.export import mixed
+from vlm_edge.export.layerwise import last_positions
 from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers import Observer, Quantizer
 from vlm_edge.export.static import Progress
@@ -18,8 +19,15 @@ from vlm_edge.runtime.manifest import DecoderSettings
 
 LARGEST = 1 << 30  # bytes of float32 weights: both forms of every layer are in memory at once
 SECONDS = 20  # spent on the errors; a model of 0.1 G parameters has some 150 runs in it
+TRIES = 4  # assignments that are written and measured at most
 JUDGES = 6  # held-out prompts that assignments are compared on
-LAST = 32  # positions of a prompt whose logits are compared
+
+
+def linear_layers(part: Part) -> frozenset[str]:
+    """Paths of the part's linear layers, without running anything."""
+    observer = Observer(lambda op, x: {})
+    part.build(observer)
+    return frozenset(observer.weights)
 
 
 def study(
@@ -47,8 +55,7 @@ def study(
     feeds = []
     for embed in embeds[:: max(1, len(embeds) // JUDGES)][:JUDGES]:
         every = prefill_feeds(settings, embed)
-        count = embed.shape[1]
-        every["logit_positions"] = np.arange(max(0, count - LAST), count)
+        every["logit_positions"] = last_positions(embed.shape[1])
         feeds.append({key: value for key, value in every.items() if key in inputs})
     return mixed.study(
         name, part.build, quantizer, feeds, "logits", KL, scratch, progress,

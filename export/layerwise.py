@@ -13,18 +13,21 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from vlm_edge.calibration.ranges import migration
 from vlm_edge.errors import CalibrationError
 from vlm_edge.export import fold, graphs
 from vlm_edge.export.checkpoint import TensorRef
-from vlm_edge.export.model import Layers
+from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers import Observer
 from vlm_edge.export.static import Progress
+from vlm_edge.export.tensors import column_peaks
 from vlm_edge.runtime.feeds import prefill_feeds
 from vlm_edge.runtime.manifest import DecoderSettings
 from vlm_edge.runtime.ort import open_session
 
 INPUT = "input."
 ROWS = 1024  # of an input added to the sums at once
+LAST = 32  # positions of a prompt whose logits are compared
 
 
 @dataclass
@@ -51,6 +54,14 @@ class Input:
             self._rows.append(rows)
             if sum(map(len, self._rows)) >= ROWS:
                 self.finish()
+
+    def smoothing(self, strength: float) -> dict[str, np.ndarray]:
+        """float32 [in] by path, to divide the input by: a share `strength` of its outliers moves into
+        the weights (`calibration.ranges.migration`). Empty where it cannot be divided at no cost."""
+        if not self.smoothable:
+            return {}
+        weights = np.max([column_peaks(weight) for weight in self.weights.values()], axis=0)
+        return dict.fromkeys(self.weights, migration(self.peaks, weights, strength))
 
     def finish(self) -> None:
         """Bring the sum up to date."""
@@ -88,7 +99,7 @@ class States:
 
 
 def inputs_by_layer(
-    layers: Layers,
+    part: Part,
     settings: DecoderSettings,
     states: States,
     held_out: Collection[int],
@@ -99,6 +110,7 @@ def inputs_by_layer(
     """Layer after layer, the inputs of its linear layers by the path of the first that reads each.
 
     Args:
+        part: a language model.
         states: of the prompts; when all layers were run, what `Layers.build_head` takes.
         held_out: prompts that are run and not taken in.
         grams: sum products of channels too.
@@ -107,6 +119,8 @@ def inputs_by_layer(
     Raises:
         CalibrationError: an input is not finite.
     """
+    layers = part.layers
+    assert layers is not None, "language models have layers"
     floats = replace(settings, cache_dtype="float32")  # single layers have no other
     for index in range(layers.count):
         observer = Observer(lambda op, x: {INPUT: op.Identity(x)})
@@ -128,6 +142,11 @@ def inputs_by_layer(
             kept.finish()
         progress("calibrate llm", index + 1, layers.count)
         yield found
+
+
+def last_positions(count: int) -> np.ndarray:
+    """int64: those of a prompt of `count` tokens whose logits are compared."""
+    return np.arange(max(0, count - LAST), count)
 
 
 def runner(

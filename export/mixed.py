@@ -72,6 +72,36 @@ class Study:
         saved = [max(sum(self.times[path].saved for path in u.paths), LITTLE) for u in units]
         return choose(units, saved, self.board.error, budget, self.power)
 
+    def fit(
+        self,
+        budget: float,
+        write: Callable[[frozenset[str]], float],
+        layers: Collection[str] | None = None,
+        tries: int | None = None,
+    ) -> Choice:
+        """The assignment that meets the budget once it is written.
+
+        The switches, on a few samples, are a little kinder than the graph as it is run: where that is
+        over the budget, they are asked for less.
+
+        Args:
+            write: writes the part with these layers not quantized; the error of its output.
+            layers: that may be quantized; None is all.
+            tries: to be written at most; None goes on until nothing is quantized.
+
+        Returns:
+            The last one that was written.
+        """
+        every = frozenset(self.times if layers is None else layers)
+        aim, tried = budget, 0
+        while True:
+            choice = self.choose(aim)
+            rest = every - choice.quantized
+            error, tried = write(rest), tried + 1
+            if error <= budget or rest == every or tried == tries:
+                return choice
+            aim = min(aim * budget / error, float(np.nextafter(choice.error, 0)))
+
     def report(
         self, quantized: Collection[str], precision: str, rest: str = "fp32"
     ) -> dict[str, dict[str, Any]]:

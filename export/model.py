@@ -10,7 +10,9 @@ import onnx_ir as ir
 from vlm_edge.export.checkpoint import TensorRef
 from vlm_edge.export.graphs import Interface
 from vlm_edge.export.quantizers import Quantizer
-from vlm_edge.runtime.manifest import DecoderSettings, ImageSettings, PromptSettings, Tiling
+from vlm_edge.runtime.manifest import DecoderSettings, ImageSettings, PromptSettings
+from vlm_edge.runtime.tiling import Tiler, Tiling, tiler
+from vlm_edge.runtime.tiling.settings import Size
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,10 @@ class Model:
     tiling: Tiling
     prompt: PromptSettings
     decoder: DecoderSettings
+    newline: TensorRef | None = None  # [width]: LLaVA-NeXT's image_newline
+    grid: Size | None = None  # tokens of a tile, down and across; None where they form none
+
+    def tiler(self) -> Tiler:
+        """What the bundle's own `Bundle.tiler` will be."""
+        newline = None if self.newline is None else self.newline.numpy()
+        return tiler(self.tiling, (self.image.height, self.image.width), newline)

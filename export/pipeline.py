@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 import vlm_edge
 from vlm_edge.calibration import data as calibration_data
 from vlm_edge.calibration.audit import audit, audit_prompts
 from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.errors import SettingError, TemplateError, UnsupportedConfig
-from vlm_edge.export import archs, graphs, lowering, mixed, static, w8a8, weight_only, writer
+from vlm_edge.export import archs, graphs, lowering, mixed, static, writer
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
+from vlm_edge.export.embedded_prompts import embedded_prompts
 from vlm_edge.export.lowering.cpu import Windows
 from vlm_edge.export.memory import PeakMemory
 from vlm_edge.export.model import Model, Part
@@ -26,6 +29,10 @@ from vlm_edge.export.prompt_files import PromptFiles, read_prompt_files
 from vlm_edge.export.quantizers import Float
 from vlm_edge.export.source import resolve
 from vlm_edge.export.static import Progress
+from vlm_edge.export.tiling import OverlapOrder, with_overlap
+from vlm_edge.export.w8a8 import write_w8a8
+from vlm_edge.export.weight_only_int4 import write_int4
+from vlm_edge.export.weight_only_int8 import thinned, write_int8
 from vlm_edge.runtime.feeds import windows
 from vlm_edge.runtime.manifest import (
     FORMAT,
@@ -39,12 +46,12 @@ from vlm_edge.runtime.manifest import (
     read_manifest,
 )
 from vlm_edge.runtime.template import ChatTemplate
+from vlm_edge.runtime.tiling import AnyRes, Tiling
 from vlm_edge.runtime.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-LANGUAGE = {
-    "int4": weight_only.write_int4, "int8": weight_only.write_int8, "w8a8": w8a8.write_w8a8,
-}  # fmt: skip
+MOST_TILES = 160  # of calibration: beyond, ranges hardly change and each costs a run in float32
+LANGUAGE = {"int4": write_int4, "int8": write_int8, "w8a8": write_w8a8}
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class ExportReport:
 
     Attributes:
         bundle: its folder.
-        architecture: as in the manifest.
+        architecture, tiling: as in the manifest.
         seconds: wall time.
         precisions: by part; fp32 where no layer was worth quantizing.
         sizes: bytes by part, and "embeddings", "other".
@@ -67,6 +74,7 @@ class ExportReport:
 
     bundle: Path
     architecture: str
+    tiling: Tiling
     seconds: float
     precisions: dict[str, Precision]
     sizes: dict[str, int]
@@ -86,6 +94,7 @@ def export(
     revision: str | None = None,
     budgets: Budgets | None = None,
     cache_dtype: CacheDtype = "float32",
+    tiling: OverlapOrder | None = None,
 ) -> ExportReport:
     """Export a checkpoint.
 
@@ -101,6 +110,7 @@ def export(
         revision: of a Hub repository.
         budgets: how far quantization may move the outputs; None is each part's default.
         cache_dtype: of the language model's keys and values; int8 takes a quarter of the memory.
+        tiling: overlapping tiles for a model that sees one tile; None leaves the model's own.
 
     Raises:
         CheckpointError, BundleExists, CalibrationError, SettingError.
@@ -118,13 +128,15 @@ def export(
     folder, name = resolve(source, revision)
     with PeakMemory() as memory:
         checkpoint, model, prompt = read_model(folder, arch, cache_dtype)
+        if tiling is not None:
+            model = with_overlap(model, tiling)
         plan.check({part: model.parts[part].weight_only for part in model.parts})
         precisions = {n: plan.of(n, part.weight_only) for n, part in model.parts.items()}
         calibrated = [name for name, precision in precisions.items() if precision != "fp32"]
         if calibration_images is not None and not calibrated:
             raise SettingError("calibration pictures were given, but no part's precision uses them")
         budgets.check({n: (p, model.parts[n].weight_only) for n, p in precisions.items()})
-        data = calibration_data.load(calibration_images) if calibrated else None
+        data = calibration_set(calibration_images, model) if calibrated else None
         for part in model.parts.values():
             part.build(Float())  # finds missing and misshapen tensors before the long steps
         tick("read checkpoint", 1, 1)
@@ -141,6 +153,7 @@ def export(
     return ExportReport(
         bundle=output,
         architecture=model.architecture,
+        tiling=model.tiling,
         seconds=time.perf_counter() - begin,
         precisions={n: engine.precision for n, engine in manifest.engines.items()},
         sizes=part_sizes(manifest),
@@ -148,6 +161,14 @@ def export(
         peak_rss_anon=memory.peak,
         warnings=(manifest.calibration or {}).get("warnings", []),
     )
+
+
+def calibration_set(folder: Path | None, model: Model) -> CalibrationSet:
+    """The user's or the built-in data, thinned out where pictures become many tiles, but of every tiling
+    that it has."""
+    tiler = model.tiler()
+    data = calibration_data.load(folder, large=tiler.grids() != ("1",))
+    return data.within(tiler, MOST_TILES)
 
 
 def read_model(
@@ -206,6 +227,8 @@ class _Steps:
 
 def _write_texts(folder: Path, model: Model, prompt: PromptFiles) -> None:
     (folder / "tokenizer.json").write_text(prompt.tokenizer_json, encoding="utf-8")
+    if model.newline is not None and isinstance(model.tiling, AnyRes):
+        np.save(folder / model.tiling.newline, model.newline.numpy())
     if prompt.chat_template is not None and model.prompt.chat_template is not None:
         (folder / model.prompt.chat_template).write_text(prompt.chat_template, encoding="utf-8")
 
@@ -259,12 +282,12 @@ def _write_calibrated(
     is quantized itself. The chain ends with the last part that has to be calibrated."""
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=steps.folder) as name_:
         scratch = Path(name_)
-        inputs = static.pixels(data, model.image, scratch)
+        inputs, tiles = static.pixels(data, model.image, model.tiler(), scratch)
         for name, part in model.parts.items():
             if part.weight_only:
                 if name in calibrated:
                     files = steps.folder / "tokenizer.json"
-                    embeds = weight_only.embedded_prompts(model, prompt, files, data, inputs)
+                    embeds = embedded_prompts(model, prompt, files, data, inputs, tiles)
                     kind = precisions[name]
                     steps.errors[name] = LANGUAGE[kind](
                         name, part, model.decoder, embeds, data, steps.folder, scratch,
@@ -273,10 +296,10 @@ def _write_calibrated(
                     layers = steps.errors[name].get("layers")
                     steps.entry(name, part, mixed.precision_of(layers) if layers else kind)
                 break
-            floats = static.run_float(name, part, inputs, data, scratch, steps.tick)
+            floats = static.run_float(name, part, inputs, tiles, scratch, steps.tick)
             if name in calibrated:
                 steps.errors[name] = static.write_int8(
-                    name, part, floats, data, tried, budgets.max_error, steps.folder, scratch,
+                    name, part, floats, tiles, tried, budgets.max_error, steps.folder, scratch,
                     steps.tick,
                 )  # fmt: skip
                 steps.entry(name, part, mixed.precision_of(steps.errors[name]["layers"]))
@@ -295,12 +318,12 @@ def _audit(
     """The manifest's `calibration` but for the parts."""
     if data is None:
         return {"data": {}, "warnings": []}
-    facts, warnings = audit(data, model.tiling)
+    facts, warnings = audit(data, model.tiler())
     reader = next((name for name in calibrated if model.parts[name].weight_only), None)
     if reader is not None:  # the language model alone reads prompts, under INT8 not all of them
         used = [i for i in range(len(data.prompts)) if i not in data.held_out_prompts]
         if precisions[reader] == "int8":
-            used, _ = weight_only.thinned(data)
+            used, _ = thinned(data)
         prompts = [data.prompts[index] for index in used]
         more, lacking = audit_prompts(prompts, Tokenizer(folder / "tokenizer.json"))
         facts, warnings = facts | more, warnings + lacking

@@ -78,7 +78,8 @@ class Budgets:
     Attributes:
         max_error: relative error (root mean square) of the features that the vision encoder and the
             connector give, each by itself (`static.MAX_ERROR`).
-        kl: KL divergence of the language model's next token, nats (`weight_only.BUDGET`).
+        kl: KL divergence of the language model's next token, nats (`BUDGET` in
+            `weight_only_int4`, `weight_only_int8` and `w8a8`).
 
     Raises:
         SettingError: one is not above 0.

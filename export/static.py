@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime
 
 from vlm_edge.calibration import cache
-from vlm_edge.calibration.data import CalibrationSet
+from vlm_edge.calibration.data import CalibrationSet, evenly
 from vlm_edge.calibration.ranges import (
     STRENGTHS,
     Ranges,
@@ -30,11 +30,14 @@ from vlm_edge.errors import CalibrationError, SettingError
 from vlm_edge.export import fold, graphs, mixed
 from vlm_edge.export.lowering import cpu
 from vlm_edge.export.model import Part
-from vlm_edge.export.quantizers import Observer, StaticInt8
+from vlm_edge.export.quantizers import Observer
+from vlm_edge.export.quantizers.static_int8 import StaticInt8
+from vlm_edge.export.tensors import column_peaks
 from vlm_edge.runtime.images import decode
 from vlm_edge.runtime.manifest import ImageSettings
 from vlm_edge.runtime.ort import open_session
 from vlm_edge.runtime.preprocess import preprocess
+from vlm_edge.runtime.tiling.plan import Tiler
 
 Method = Literal[
     "auto", "minmax", "average", "percentile", "entropy", "mse", "smooth-65", "smooth-80"
@@ -43,7 +46,7 @@ Progress = Callable[[str, int, int], Any]
 # Relative error of features up to which layers stay in INT8: encoders measured have a cosine above
 # 0.999 to full precision with it (errors at right angles to the features: 1 - 0.04 ** 2 / 2).
 MAX_ERROR = 0.04
-JUDGES = 8  # held-out pictures that assignments of precisions are compared on
+JUDGES = 8  # held-out tiles that assignments of precisions are compared on
 # Each candidate costs a graph and a run: the moving average is as good as min-max, entropy errs most.
 CANDIDATES = ("percentile", "minmax", "mse", *STRENGTHS)
 
@@ -66,8 +69,8 @@ class Floats:
     """A part run in full precision over all calibration pictures.
 
     Attributes:
-        inputs, outputs: memory-mapped files [pictures, ...], one row a picture.
-        ranges: of the linear layers' inputs, over the pictures that are not held out.
+        inputs, outputs: memory-mapped files [tiles, ...].
+        ranges: of the linear layers' inputs, over the tiles that are not held out.
         layers: the linear layers, with their weights.
     """
 
@@ -94,31 +97,64 @@ class Floats:
 
     @cached_property
     def _column_peaks(self) -> dict[str, np.ndarray]:
-        """float32 [in] of each layer: the largest weight that reads each input."""
-        return {
-            path: np.max([np.abs(rows).max(axis=0) for rows in weight.rows()], axis=0)
-            for path, weight in self.layers.weights.items()
-        }
+        """Of each layer; every migration asks for them."""
+        return {path: column_peaks(weight) for path, weight in self.layers.weights.items()}
 
 
-def pixels(data: CalibrationSet, settings: ImageSettings, scratch: Path) -> np.ndarray:
-    """float32 [pictures, 3, height, width] in a mapped file, as the runtime preprocesses them."""
-    shape = (len(data.paths), 3, settings.height, settings.width)
+@dataclass(frozen=True)
+class Tiles:
+    """Which calibration pictures the rows of an array [tiles, ...] belong to, in order.
+
+    Attributes:
+        names: of the pictures' files.
+        counts: tiles of each picture.
+        pictures_held_out: those that measure the error.
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    pictures_held_out: tuple[int, ...]
+
+    @cached_property
+    def picture(self) -> np.ndarray:
+        """int64 [tiles]: the picture of each."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    @cached_property
+    def held_out(self) -> list[int]:
+        """Tiles of the pictures that measure the error."""
+        return np.flatnonzero(np.isin(self.picture, self.pictures_held_out)).tolist()
+
+    def of(self, picture: int) -> slice:
+        """The rows of one picture."""
+        begin = sum(self.counts[:picture])
+        return slice(begin, begin + self.counts[picture])
+
+
+def pixels(
+    data: CalibrationSet, settings: ImageSettings, tiler: Tiler, scratch: Path
+) -> tuple[np.ndarray, Tiles]:
+    """float32 [tiles, 3, height, width] of all pictures in a mapped file, as the runtime makes them."""
+    plans = [tiler.plan(*size) for size in data.sizes]
+    tiles = Tiles(
+        tuple(path.name for path in data.paths), tuple(p.tiles for p in plans), data.held_out
+    )
+    shape = (sum(tiles.counts), 3, settings.height, settings.width)
     array = np.lib.format.open_memmap(scratch / "pixels.npy", "w+", np.float32, shape)
-    for index, path in enumerate(data.paths):
-        array[index] = preprocess(decode(path).image, settings)[0]
-    return array
+    for index, (path, plan) in enumerate(zip(data.paths, plans, strict=True)):
+        array[tiles.of(index)] = preprocess(decode(path).image, settings, plan.sheets)
+    return array, tiles
 
 
 def run_float(
     name: str,
     part: Part,
     inputs: np.ndarray,
-    data: CalibrationSet,
+    tiles: Tiles,
     scratch: Path,
     progress: Progress,
 ) -> Floats:
-    """Run `part` in full precision over `inputs` [pictures, ...], one picture at a time; or take what
+    """Run `part` in full precision over `inputs` [tiles, ...], one tile at a time; or take what
     an earlier run of the same graph over the same inputs found (`calibration.cache`).
 
     Raises:
@@ -131,13 +167,13 @@ def run_float(
     weights = path.with_suffix(".data")
     graphs.save(model, path)
     files = {file.name: file for file in (path, weights) if file.is_file()}
-    key = cache.key(files, inputs, held_out=data.held_out, onnxruntime=onnxruntime.__version__)
+    key = cache.key(files, inputs, held_out=tiles.held_out, onnxruntime=onnxruntime.__version__)
     kept = cache.load(key)
     if kept is not None:
         progress(f"calibrate {name}", len(inputs), len(inputs))
         ranges, outputs = kept
     else:
-        ranges, outputs = _observe(name, part, path, observer, inputs, data, progress)
+        ranges, outputs = _observe(name, part, path, observer, inputs, tiles, progress)
         cache.keep(key, ranges, outputs)
     weights.unlink(missing_ok=True)
     return Floats(inputs, outputs, ranges, observer)
@@ -149,19 +185,19 @@ def _observe(
     path: Path,
     observer: Observer,
     inputs: np.ndarray,
-    data: CalibrationSet,
+    tiles: Tiles,
     progress: Progress,
 ) -> tuple[Ranges, np.ndarray]:
     """The ranges of the graph at `path`, and its outputs in a mapped file beside it."""
     (source,), (target,) = part.interface.inputs, part.interface.outputs
-    statistics, held_out = Statistics(), set(data.held_out)
+    statistics, held_out = Statistics(), set(tiles.held_out)
     outputs: np.ndarray | None = None
     for index, produced in enumerate(_runs(path, name, source.name, inputs)):
         if index not in held_out:
             statistics.add(produced)
         features = produced[target.name]
         if not np.isfinite(features).all():
-            picture = data.paths[index].name
+            picture = tiles.names[tiles.picture[index]]
             raise CalibrationError(
                 f"the {name} part's output for {picture} is not finite in full precision; the "
                 "checkpoint's weights are damaged, or too large for float32"
@@ -180,7 +216,7 @@ def write_int8(
     name: str,
     part: Part,
     floats: Floats,
-    data: CalibrationSet,
+    tiles: Tiles,
     tried: tuple[str, ...],
     max_error: float | None,
     folder: Path,
@@ -202,13 +238,12 @@ def write_int8(
         CalibrationError: no layer can be quantized within `max_error`.
     """
     path = folder / f"{name}.onnx"
-    held_out = list(data.held_out)
+    held_out = tiles.held_out
     (source,), (target,) = part.interface.inputs, part.interface.outputs
-    written: tuple[str, frozenset[str]] | None = None
 
+    @lru_cache(maxsize=1)  # what was written last lies there
     def write(method: str, exact: frozenset[str]) -> dict[str, float]:
         """The graph with the layers `exact` in float, and its error."""
-        nonlocal written
         quantizer = floats.quantizer(method).keeping(exact, floats.layers.readers)
         model = part.build(quantizer)
         fold.into_norms(model.graph)
@@ -220,14 +255,13 @@ def write_int8(
             (produced[target.name], floats.outputs[index])
             for index, produced in zip(held_out, runs, strict=True)
         )
-        written = method, exact
         return {"cosine": error.cosine, "relative_error": error.relative}
 
     measured = {method: write(method, frozenset()) for method in tried}
     best = min(measured, key=lambda method: measured[method]["relative_error"])
     layers = frozenset(floats.layers.weights)
     said: dict[str, Any] = {"method": best, "tried": measured}
-    budget = aim = MAX_ERROR if max_error is None else max_error
+    budget = MAX_ERROR if max_error is None else max_error
     error = measured[tried[-1]]
     if not layers:
         return {**said, **error, "max_error": budget, "layers": {}}
@@ -235,23 +269,19 @@ def write_int8(
         name,
         part.build,
         lambda: floats.quantizer(best),
-        [{source.name: np.ascontiguousarray(floats.inputs[i])[None]} for i in held_out[:JUDGES]],
+        [
+            {source.name: np.ascontiguousarray(floats.inputs[i])[None]}
+            for i in evenly(held_out, JUDGES)
+        ],
         target.name,
         RELATIVE,
         scratch,
         progress,
     )
-    while True:
-        choice = study.choose(aim)
-        if not choice.quantized and choice.least < float("inf") and max_error is not None:
-            raise mixed.unmet(name, "--max-error", budget, choice)
-        exact = layers - choice.quantized
-        if written != (best, exact):
-            error = write(best, exact)
-        if not choice.quantized or error["relative_error"] <= budget:
-            break
-        # The switches, on a few pictures, were a little kinder than the graph as it is run.
-        aim = min(aim * budget / error["relative_error"], float(np.nextafter(choice.error, 0)))
+    choice = study.fit(budget, lambda exact: write(best, exact)["relative_error"])
+    if not choice.quantized and choice.least < float("inf") and max_error is not None:
+        raise mixed.unmet(name, "--max-error", budget, choice)
+    error = write(best, layers - choice.quantized)
     report = study.report(choice.quantized, "int8")
     return {**said, **error, "max_error": budget, "layers": report}
 

@@ -70,6 +70,12 @@ def transposed(ref: TensorRef) -> StreamedTensor:
     return float_tensor(ref.T)
 
 
+def column_peaks(weight: TensorRef) -> np.ndarray:
+    """float32 [in]: the largest magnitude in each column of a linear weight [out, in], that is among
+    the weights that read each input."""
+    return np.max([np.abs(rows).max(axis=0) for rows in weight.rows()], axis=0)
+
+
 def constant(values: np.ndarray) -> ir.Tensor:
     """A small tensor that is computed at once."""
     dtype = (

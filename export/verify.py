@@ -11,6 +11,8 @@ from vlm_edge.errors import CheckpointMissing, VerificationError
 from vlm_edge.export.verification.ladder import Probe, climb
 from vlm_edge.export.verification.report import STAGES, TEXT_STAGES, Report, Rung, store
 from vlm_edge.runtime.manifest import Manifest
+from vlm_edge.runtime.tiling.plan import UNLIMITED, TileLimits
+from vlm_edge.runtime.tiling.settings import Overlap
 from vlm_edge.runtime.vlm import VLM
 
 __all__ = ["Report", "Rung", "store", "verify"]
@@ -18,6 +20,10 @@ __all__ = ["Report", "Rung", "store", "verify"]
 PICTURE = Path(__file__).with_name("demo_data") / "held_out.png"
 QUESTIONS = {"picture": "What is in the picture?", "text": "What is the capital of France?"}
 NEW_TOKENS = 16
+OVERVIEW_ALONE = (
+    "pictures were compared with --max-tiles 1, their overview alone: "
+    "the checkpoint has no overlapping tiles"
+)
 
 Progress = Callable[[str, int, int], Any]  # what is done, steps done, steps in all
 
@@ -62,7 +68,12 @@ def verify(
         precision=precisions(vlm.manifest),
         prompts={probe.name: probe.text for probe in probes},
         rungs=tuple(rungs),
+        note=OVERVIEW_ALONE if _overlapping(vlm.manifest) else "",
     )
+
+
+def _overlapping(manifest: Manifest) -> bool:
+    return isinstance(manifest.tiling, Overlap)
 
 
 def precisions(manifest: Manifest) -> dict[str, str]:
@@ -110,13 +121,15 @@ def _reference(architecture: str, against: str | Path) -> Any:
 def _probes(vlm: VLM, images: Sequence[Path] | None, prompt: str | None) -> list[Probe]:
     template = vlm.manifest.prompt.chat_template is not None
     pictures = tuple(Path(image) for image in images) if images is not None else (PICTURE,)
+    # Of overlapping tiles the checkpoint knows nothing; their overview is its single tile.
+    limits = TileLimits(max_tiles=1) if _overlapping(vlm.manifest) else UNLIMITED
     places = "" if template else f"{vlm.manifest.prompt.image_token}\n" * len(pictures)
     probes = [Probe("text", prompt or QUESTIONS["text"], (), template)]
     if pictures:
         text = places + (prompt or QUESTIONS["picture"])
-        probes.insert(0, Probe("picture", text, pictures, template))
+        probes.insert(0, Probe("picture", text, pictures, template, limits))
     for probe in probes:  # our own sentence for a bad picture or prompt, before the reference's
-        vlm.build_prompt(probe.text, probe.images, probe.template)
-        for image in probe.images:
-            vlm.pixels(image)
+        built = vlm.build_prompt(probe.text, probe.images, probe.template, probe.limits)
+        for picture in built.pictures:
+            vlm.pixels(picture)
     return probes

@@ -18,20 +18,14 @@ import numpy as np
 from onnxscript import nn
 
 from vlm_edge.calibration.data import CalibrationSet
-from vlm_edge.calibration.ranges import migration
 from vlm_edge.export.checkpoint import TensorRef
-from vlm_edge.export.layerwise import States
+from vlm_edge.export.judge import Judge, unmet
+from vlm_edge.export.layerwise import States, inputs_by_layer
 from vlm_edge.export.model import Part
-from vlm_edge.export.quantizers import StaticInt8, WeightOnly
+from vlm_edge.export.quantizers.static_int8 import StaticInt8
+from vlm_edge.export.quantizers.weight_only import WeightOnly
 from vlm_edge.export.static import Progress
-from vlm_edge.export.weight_only import (
-    BLOCK8,
-    Judge,
-    calibrated_layers,
-    column_peaks,
-    thinned,
-    unmet,
-)
+from vlm_edge.export.weight_only_int8 import BLOCK, thinned
 from vlm_edge.runtime.manifest import DecoderSettings
 
 STRENGTH = 0.8  # of the migration: weights have finer scales, so most of the difficulty goes there
@@ -53,7 +47,7 @@ class W8A8:
         others = {path: scales for path, scales in smoothing.items() if path not in ranges}
         self._ranges = ranges
         self._static = StaticInt8(ranges, static)
-        self._blocks = WeightOnly(8, BLOCK8, smoothing=others)
+        self._blocks = WeightOnly(8, BLOCK, smoothing=others)
 
     def product(self, path: str, weight: TensorRef) -> nn.Module:
         quantizer = self._static if path in self._ranges else self._blocks
@@ -91,14 +85,12 @@ def write_w8a8(
     states = States(chosen, scratch / "states.npy")
     smoothing: dict[str, np.ndarray] = {}
     ranges: dict[str, float] = {}
-    for inputs in calibrated_layers(part, settings, states, kept, False, scratch, progress):
+    for inputs in inputs_by_layer(part, settings, states, kept, False, scratch, progress):
         for found in inputs.values():
-            scales = np.ones_like(found.peaks)
-            if found.smoothable:
-                weights = np.max([column_peaks(w) for w in found.weights.values()], axis=0)
-                scales = migration(found.peaks, weights, STRENGTH)
-                smoothing |= dict.fromkeys(found.weights, scales)
-            ranges |= dict.fromkeys(found.weights, float((found.peaks / scales).max()))
+            factors = found.smoothing(STRENGTH)
+            smoothing |= factors
+            for path in found.weights:
+                ranges[path] = float((found.peaks / factors.get(path, 1)).max())
     judge = Judge.of(part, settings, chosen, states, kept, scratch)
     tried: list[dict[str, Any]] = []
     for suffixes in STEPS:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlm_edge.errors import BundleExists, SettingError
 from vlm_edge.export.checkpoint import TensorRef
-from vlm_edge.export.quantizers import TINY, block_size
+from vlm_edge.export.quantizers.rounding import TINY, block_size
 from vlm_edge.runtime.bundle import file_digest
 from vlm_edge.runtime.manifest import NAME, EmbeddingSettings, FileEntry
 

@@ -14,7 +14,7 @@ from vlm_edge.calibration import awq, gptq
 from vlm_edge.export import fold
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.layers.linear import RMSNorm
-from vlm_edge.export.quantizers import WeightOnly
+from vlm_edge.export.quantizers.weight_only import WeightOnly
 
 LOW, HIGH, BLOCK = -8, 7, 32
 

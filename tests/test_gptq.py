@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vlm_edge.calibration import gptq
-from vlm_edge.export.quantizers import best_scales
+from vlm_edge.export.quantizers.rounding import best_scales
 
 LOW, HIGH = -8, 7
 

@@ -32,7 +32,7 @@ from vlm_edge.export.layer_times import Shape, Times
 from vlm_edge.export.mixed import Choice, choose
 from vlm_edge.export.pipeline import ExportReport, export
 from vlm_edge.export.precision import Budgets, PrecisionPlan
-from vlm_edge.export.quantizers import StaticInt8
+from vlm_edge.export.quantizers.static_int8 import StaticInt8
 from vlm_edge.export.static import MAX_ERROR  # before conftest replaces it
 from vlm_edge.runtime.bundle import Bundle
 

@@ -13,15 +13,11 @@ from small_graph import initializers, ref, run, write, write_product
 
 from vlm_edge.errors import CalibrationError
 from vlm_edge.export import checkpoint as checkpoint_module
-from vlm_edge.export import quantizers as quantizers_module
-from vlm_edge.export.quantizers import (
-    Float,
-    Observer,
-    StaticInt8,
-    WeightOnly,
-    block_size,
-    channel_scales,
-)
+from vlm_edge.export.quantizers import Float, Observer
+from vlm_edge.export.quantizers import weight_only as weight_only_module
+from vlm_edge.export.quantizers.rounding import block_size, channel_scales
+from vlm_edge.export.quantizers.static_int8 import StaticInt8
+from vlm_edge.export.quantizers.weight_only import WeightOnly
 
 # outputs, inputs: a power of two, a multiple of 16 only, none of either, and one that is odd
 SHAPES = [(40, 256), (24, 80), (31, 72), (7, 45), (1, 16)]
@@ -165,7 +161,7 @@ def test_chunks_change_no_byte(
     """A tensor too large for one block is written in many: every chunk size gives the same files."""
     files = []
     for budget in (1, 4000, 10_000, 1 << 26):
-        for module in (checkpoint_module, quantizers_module):
+        for module in (checkpoint_module, weight_only_module):
             monkeypatch.setattr(module, "CHUNK_BYTES", budget)
         path = tmp_path / str(budget) / "g.onnx"
         path.parent.mkdir()
@@ -183,7 +179,7 @@ def test_large_tensors_never_are_in_memory_whole(
     from vlm_edge.export.tensors import StreamedTensor
 
     monkeypatch.setattr(checkpoint_module, "CHUNK_BYTES", 20_000)
-    monkeypatch.setattr(quantizers_module, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(weight_only_module, "CHUNK_BYTES", 20_000)
     sizes: list[int] = []
     original = StreamedTensor.tofile
 

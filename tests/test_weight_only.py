@@ -13,13 +13,22 @@ import pytest
 
 from vlm_edge.calibration import gptq
 from vlm_edge.calibration.data import CalibrationSet, Prompt
+from vlm_edge.calibration.divergence import divergence
 from vlm_edge.errors import CalibrationError
-from vlm_edge.export import graphs, language_study, weight_only
+from vlm_edge.export import (
+    graphs,
+    language_study,
+    layerwise,
+    weight_only_int4,
+    weight_only_int8,
+)
 from vlm_edge.export.checkpoint import TensorRef
 from vlm_edge.export.layerwise import States, inputs_by_layer, runner
 from vlm_edge.export.model import Part
 from vlm_edge.export.pipeline import read_model
-from vlm_edge.export.quantizers import Float, Observer, WeightOnly
+from vlm_edge.export.quantizers import Float, Observer
+from vlm_edge.export.quantizers.rounding import block_size
+from vlm_edge.export.quantizers.weight_only import WeightOnly
 from vlm_edge.runtime.feeds import prefill_feeds
 from vlm_edge.runtime.manifest import DecoderSettings
 from vlm_edge.runtime.ort import open_session
@@ -72,7 +81,7 @@ def test_the_layers_in_turn_are_the_whole_model(
 ) -> None:
     it = subject(case)
     states = States(it.embeds, tmp_path / "states.npy")
-    for _ in inputs_by_layer(it.part.layers, it.settings, states, (), False, tmp_path, quiet):
+    for _ in inputs_by_layer(it.part, it.settings, states, (), False, tmp_path, quiet):
         pass
     head = runner(it.part.layers.build_head(Float()), it.settings, tmp_path / "head.onnx")
     for index, embed in enumerate(it.embeds):
@@ -108,7 +117,7 @@ def test_gptq_layer_by_layer_rounds_as_over_the_whole_model(
                     sums[name[5:]] = sums.get(name[5:], 0) + value
     states = States(it.embeds, tmp_path / "states.npy")
     seen: set[str] = set()
-    layers = inputs_by_layer(it.part.layers, it.settings, states, held_out, True, tmp_path, quiet)
+    layers = inputs_by_layer(it.part, it.settings, states, held_out, True, tmp_path, quiet)
     for inputs in layers:
         for first, found in inputs.items():
             expected = sums[first]
@@ -129,7 +138,7 @@ def test_gptq_layer_by_layer_rounds_as_over_the_whole_model(
 
 
 def rounded_by(weight: TensorRef, hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    block = weight_only.block_size(len(hessian), 32)
+    block = block_size(len(hessian), 32)
     return gptq.quantize(
         np.ascontiguousarray(weight.numpy().T), gptq.factor(hessian), block,
         lambda rows, costs: gptq.weighted_scales(rows, costs, -8, 7), -8, 7,
@@ -142,9 +151,7 @@ def test_only_inputs_behind_norms_and_gates_are_scaled(
     for case, gated in (("clip-mistral-window", True), ("clip-llama-biases", False)):
         it = subject(case)
         states = States(it.embeds, tmp_path / "states.npy")
-        for inputs in inputs_by_layer(
-            it.part.layers, it.settings, states, (), False, tmp_path, quiet
-        ):
+        for inputs in inputs_by_layer(it.part, it.settings, states, (), False, tmp_path, quiet):
             found = {first.split(".")[-1]: kept.smoothable for first, kept in inputs.items()}
             # A bias behind up_proj would have to be scaled as well: it is left alone.
             assert found == {"q_proj": True, "o_proj": False, "gate_proj": True, "down_proj": gated}
@@ -156,7 +163,7 @@ def test_what_is_not_finite_is_named(subject: Callable[[str], Subject], tmp_path
     bad[0][0, 2, 3] = np.nan
     states = States(bad, tmp_path / "states.npy")
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj is not finite"):
-        list(inputs_by_layer(it.part.layers, it.settings, states, (), True, tmp_path, quiet))
+        list(inputs_by_layer(it.part, it.settings, states, (), True, tmp_path, quiet))
 
 
 # -- the graphs that are written --------------------------------------------------------------
@@ -166,7 +173,7 @@ def written(
     kind: str, it: Subject, folder: Path, data: CalibrationSet = DATA, **options: Any
 ) -> dict[str, Any]:
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
-    write = {"int4": weight_only.write_int4, "int8": weight_only.write_int8}[kind]
+    write = {"int4": weight_only_int4.write_int4, "int8": weight_only_int8.write_int8}[kind]
     return write(
         "llm", it.part, it.settings, it.embeds, data, folder, folder / "scratch", quiet, **options
     )
@@ -184,7 +191,7 @@ def logits(path: Path, it: Subject, embed: np.ndarray) -> np.ndarray:
 def test_the_figures_are_those_of_the_held_out_prompts(
     kind: str, subject: Callable[[str], Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_only, "LAST", 20)
+    monkeypatch.setattr(layerwise, "LAST", 20)
     it = subject("siglip-qwen2")
     said = written(kind, it, tmp_path)
     graphs.save(it.part.build(Float()), tmp_path / "exact.onnx")
@@ -227,11 +234,11 @@ def test_int8_comes_in_layer_by_layer_as_the_budget_asks(
     for budget in (1e9, 0.5, 0.0):
         if budget == 0.5:  # half of what INT4 throughout costs
             budget *= said["kl"]  # noqa: F821  # of the round before
-        monkeypatch.setattr(weight_only, "BUDGET", budget)
+        monkeypatch.setattr(weight_only_int4, "BUDGET", budget)
         folder = tmp_path / str(budget)
         said = written("int4", it, folder)
         assert said["tried"][0]["int8_layers"] == len(it.part.keep8)
-        assert len(said["tried"]) <= 1 + weight_only.TRIES
+        assert len(said["tried"]) <= 1 + language_study.TRIES
         assert said["kl"] == said["tried"][-1]["kl"]
         stored = precisions(folder / "llm.onnx")
         counts.append(sum(dtype == ir.DataType.INT8 for dtype in stored.values()))
@@ -248,12 +255,12 @@ def test_a_large_model_mixes_by_kind(
     subject: Callable[[str], Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(language_study, "LARGEST", 0)
-    monkeypatch.setattr(weight_only, "BUDGET", 0.0)
+    monkeypatch.setattr(weight_only_int4, "BUDGET", 0.0)
     said = written("int4", subject("clip-mistral-window"), tmp_path)
-    assert len(said["tried"]) == 1 + len(weight_only.STEPS)
+    assert len(said["tried"]) == 1 + len(weight_only_int4.STEPS)
     assert said["layers"] == {}
     for path, dtype in precisions(tmp_path / "llm.onnx").items():
-        eight = path.endswith(weight_only.STEPS[-1])
+        eight = path.endswith(weight_only_int4.STEPS[-1])
         assert dtype == (ir.DataType.INT8 if eight else ir.DataType.INT4), path
 
 
@@ -263,7 +270,7 @@ def test_under_int8_layers_without_room_stay_in_float(
     it = subject("siglip-qwen2")
     whole = written("int8", it, tmp_path / "whole")
     assert {row["precision"] for row in whole["layers"].values()} == {"int8"}
-    monkeypatch.setattr(weight_only, "BUDGET8", whole["kl"] / 2)
+    monkeypatch.setattr(weight_only_int8, "BUDGET", whole["kl"] / 2)
     said = written("int8", it, tmp_path / "half")
     kept = [path for path, row in said["layers"].items() if row["precision"] == "fp32"]
     assert 0 < len(kept) < len(said["layers"])
@@ -288,7 +295,7 @@ def test_gptq_beats_rounding_to_nearest(
     subject: Callable[[str], Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On prompts it has not seen, when they are as related as those it has."""
-    monkeypatch.setattr(weight_only, "BUDGET", 1e9)  # INT4 throughout
+    monkeypatch.setattr(weight_only_int4, "BUDGET", 1e9)  # INT4 throughout
     it = subject("siglip-llama-yarn-v4")
     generator = np.random.default_rng(3)
     mixing = generator.standard_normal((12, it.settings.width))
@@ -298,13 +305,13 @@ def test_gptq_beats_rounding_to_nearest(
     it = Subject(it.part, it.settings, embeds)
     data = CalibrationSet((), (), tuple(Prompt((), str(n)) for n in range(24)), "")
     said = written("int4", it, tmp_path, data)
-    nearest = WeightOnly(4, weight_only.BLOCK, it.part.keep8, block8=weight_only.BLOCK8)
+    block, block8 = weight_only_int4.BLOCK, weight_only_int4.BLOCK8
+    nearest = WeightOnly(4, block, it.part.keep8, block8=block8)
     graphs.save(it.part.build(nearest), tmp_path / "nearest.onnx")
     graphs.save(it.part.build(Float()), tmp_path / "exact.onnx")
-    last = slice(-weight_only.LAST, None)
+    last = slice(-layerwise.LAST, None)
     exact, found = (
         [logits(tmp_path / f"{name}.onnx", it, embeds[i])[last] for i in data.held_out_prompts]
         for name in ("exact", "nearest")
     )
-    kl, _ = weight_only.divergence(exact, iter(found))
-    assert said["kl"] < 0.8 * kl
+    assert said["kl"] < 0.8 * divergence(zip(found, exact, strict=True)).kl

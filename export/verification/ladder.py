@@ -1,8 +1,9 @@
 """The parity ladder, climbed with one prompt: stage by stage, and layer by layer where a stage fails.
 
-token ids -> pixels -> vision -> connector -> embeddings -> prefill logits -> greedy tokens. Every
-stage is fed what the bundle's own stages before it gave, so the first rung that fails is where the
-fault is. Stages that hold or follow a quantized engine are measured and not judged.
+token ids -> tiling -> pixels -> vision -> connector -> embeddings -> prefill logits -> greedy tokens.
+Every stage is fed what the bundle's own stages before it gave, so the first rung that fails is where the
+fault is; tiling is climbed even if token ids fail, since a wrong number of places says why they do.
+Stages that hold or follow a quantized engine are measured and not judged.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from vlm_edge.calibration.divergence import divergence
 from vlm_edge.export.verification.layers import llm_layers, vision_layers
 from vlm_edge.export.verification.measures import (
     cosine,
     first_difference,
-    kl_divergence,
     largest_difference,
     relative_error,
-    top1_agreement,
 )
 from vlm_edge.export.verification.report import Rung
 from vlm_edge.runtime.prompt import BuiltPrompt
+from vlm_edge.runtime.tiling.plan import UNLIMITED, TileLimits
 from vlm_edge.runtime.vlm import VLM
 
 # Both sides compute the pixels in float32, of order 1.
@@ -36,18 +37,19 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt to climb with."""
+    """A prompt to climb with; `limits` bound the tiles of its images."""
 
     name: str
     text: str
     images: tuple[Path, ...]
     template: bool
+    limits: TileLimits = UNLIMITED
 
 
 def climb(vlm: VLM, reference: Any, probe: Probe, new_tokens: int) -> Iterator[Rung]:
     """Rungs from the bottom up; none above the first that fails."""
     ladder = _Ladder(vlm, reference, probe, new_tokens)
-    for stage in (ladder.token_ids, ladder.pixels, ladder.vision, ladder.connector, ladder.embeddings,
+    for stage in (ladder.prompt, ladder.pixels, ladder.vision, ladder.connector, ladder.embeddings,
                   ladder.logits, ladder.tokens):  # fmt: skip
         failed = False
         for rung in stage():
@@ -64,23 +66,43 @@ class _Ladder:
         self._vlm, self._reference, self._probe = vlm, reference, probe
         self._new_tokens = new_tokens
         self._inputs = reference.inputs(probe.text, probe.images, probe.template)
-        self._built: BuiltPrompt = vlm.build_prompt(probe.text, probe.images, probe.template)
+        self._built: BuiltPrompt = vlm.build_prompt(
+            probe.text, probe.images, probe.template, probe.limits
+        )
         self._exact = True  # no quantized engine so far
 
-    def token_ids(self) -> Iterator[Rung]:
+    def prompt(self) -> Iterator[Rung]:
         found, expected = list(self._built.token_ids), self._inputs.token_ids
         yield self._differences("token ids", "differing token ids", found, expected)
+        if self._built.pictures:
+            yield self._tiling()
+
+    def _tiling(self) -> Rung:
+        """Tiles and visual tokens of each picture; the detail has the terms of each, or what differs."""
+        plans = [picture.plan for picture in self._built.pictures]
+        found = [(plan.tiles, plan.tokens) for plan in plans]
+        counts = [len(tiles) for tiles in self._inputs.tiles]
+        expected = list(zip(counts, self._inputs.visual_tokens, strict=True))
+        wrong, details = 0, []
+        for plan, ours, theirs in zip(plans, found, expected, strict=True):
+            detail = f"{plan.width}x{plan.height}: {plan.tiles} tiles, {plan.sum} tokens"
+            if ours != theirs:
+                wrong += 1
+                detail += f" instead of {theirs[0]} tiles, {theirs[1]} tokens"
+            details.append(detail)
+        metric = "pictures whose tiles or visual tokens differ"
+        return self._rung("tiling", metric, wrong, 0, "; ".join(details))
 
     def pixels(self) -> Iterator[Rung]:
         self._expected = self._reference.stages(self._inputs)
-        if not self._built.images:
+        if not self._built.pictures:
             return
-        self._tiles = [self._vlm.pixels(image) for image in self._built.images]
-        value = largest_difference(np.concatenate(self._tiles), self._inputs.pixels)
+        self._tiles = [self._vlm.pixels(picture) for picture in self._built.pictures]
+        value = largest_difference(np.concatenate(self._tiles), np.concatenate(self._inputs.tiles))
         yield self._rung("pixels", "largest difference", value, PIXEL_TOLERANCE)
 
     def vision(self) -> Iterator[Rung]:
-        if not self._built.images:
+        if not self._built.pictures:
             return
         run = self._vlm.vision.run
         self._features = [run({"pixel_values": tiles})["features"] for tiles in self._tiles]
@@ -92,7 +114,7 @@ class _Ladder:
         )
 
     def connector(self) -> Iterator[Rung]:
-        if not self._built.images:
+        if not self._built.pictures:
             return
         run = self._vlm.connector.run
         found = [run({"features": features})["image_features"] for features in self._features]
@@ -114,8 +136,8 @@ class _Ladder:
             lambda: llm_layers(self._vlm.bundle, self._embeds),
         )
         if not self._exact:
-            divergence = kl_divergence(self._prefilled, expected)
-            yield self._rung("prefill logits", "KL divergence, nats", divergence, None)
+            kl = divergence([(self._prefilled, expected)]).kl
+            yield self._rung("prefill logits", "KL divergence, nats", kl, None)
 
     def tokens(self) -> Iterator[Rung]:
         name = "greedy tokens"
@@ -128,14 +150,16 @@ class _Ladder:
             error = relative_error(found, expected)
             yield self._rung(name, "relative error of the logits, worst step", error, TOLERANCE)
         else:
-            yield self._rung(name, "top-1 agreement", top1_agreement(found, expected), None)
-            yield self._rung(name, "KL divergence, nats", kl_divergence(found, expected), None)
+            apart = divergence([(found, expected)])
+            yield self._rung(name, "top-1 agreement", apart.top1_agreement, None)
+            yield self._rung(name, "KL divergence, nats", apart.kl, None)
         answer = self._vlm.generate(
             self._probe.text,
             self._probe.images,
             self._probe.template,
             max_new_tokens=self._new_tokens,
             temperature=0,
+            max_tiles=self._probe.limits.max_tiles,
         )
         rung = self._differences(name, "differing tokens", list(answer.token_ids), tokens)
         if self._exact:

@@ -38,29 +38,12 @@ def cosine(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.mean((found * expected).sum(axis=1) / (lengths + TINY)))
 
 
-def kl_divergence(found: np.ndarray, expected: np.ndarray) -> float:
-    """KL(expected || found) in nats of the softmax distributions of logits [..., vocab], mean over rows."""
-    p, q = _log_softmax(expected), _log_softmax(found)
-    return float(np.mean((np.exp(p) * (p - q)).sum(axis=-1)))
-
-
-def top1_agreement(found: np.ndarray, expected: np.ndarray) -> float:
-    """Share of rows of logits [n, vocab] whose largest entry is the same."""
-    return float(np.mean(found.argmax(axis=-1) == expected.argmax(axis=-1)))
-
-
 def first_difference(found: Sequence[int], expected: Sequence[int]) -> int | None:
     """Index of the first differing element, the shorter one's length where one is a prefix."""
     for index, (a, b) in enumerate(zip(found, expected, strict=False)):
         if a != b:
             return index
     return None if len(found) == len(expected) else min(len(found), len(expected))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 def _worst(errors: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from vlm_edge.runtime.manifest import NAME, read_manifest
 
 STAGES = (
     "token ids",
+    "tiling",
     "pixels",
     "vision",
     "connector",
@@ -64,6 +65,7 @@ class Report:
         precision: of each engine.
         prompts: the probes' texts by name.
         rungs: in the order they were climbed, probe by probe.
+        note: what the comparison leaves out, if anything.
     """
 
     reference: str
@@ -71,6 +73,7 @@ class Report:
     precision: dict[str, str]
     prompts: dict[str, str]
     rungs: tuple[Rung, ...]
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -85,6 +88,9 @@ class Report:
 
     def sentence(self) -> str:
         """The outcome for people."""
+        return f"{self._outcome()}; {self.note}" if self.note else self._outcome()
+
+    def _outcome(self) -> str:
         rung = self.divergence
         if rung is not None:
             where = f"{rung.name}, {rung.layer}" if rung.layer else rung.name
