@@ -10,7 +10,7 @@ PICTURE := export/demo_data/held_out.png
 QUESTION := what color is the shape?
 WRITES_BUNDLES := $(wildcard export/*.py export/*/*.py export/demo_data/* export/demo_data/*/* calibration/*.py runtime/*.py)
 
-.PHONY: test lint types unit demo format clean
+.PHONY: test lint types unit demo architectures format clean
 
 test: lint types unit
 
@@ -27,6 +27,10 @@ types: $(VENV)/.ready
 
 unit: $(VENV)/.ready $(VENV)/.kernels
 	$(VENV)/bin/python -m pytest -q
+
+# The table of verified architectures, from the results of the tests that compare them.
+architectures: $(VENV)/.ready $(VENV)/.kernels
+	$(VENV)/bin/python -m pytest -q -m verifies --architectures docs/architectures.md
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .

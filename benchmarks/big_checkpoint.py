@@ -1,10 +1,11 @@
-"""A LLaVA checkpoint of real shape with random weights, to measure an export's memory and time.
+"""A LLaVA or LLaVA-NeXT checkpoint of real shape with random weights, to measure memory and time.
 
     python -m vlm_edge.benchmarks.big_checkpoint FOLDER
     vlm export FOLDER --int8 -o BUNDLE
 
-CLIP ViT-L/14 at 336 px, the MLP projector and a Qwen2-1.5B-shaped language model in bfloat16: 3.7 GB.
-Random weights say nothing about answers; sizes, memory and times are those of a real model.
+CLIP ViT-L/14 at 336 px, the MLP projector and a Qwen2-shaped language model in bfloat16: 3.7 GB with
+the one of 1.5B, 1.7 GB with that of 0.5B. Random weights say nothing about answers; sizes, memory and
+times are those of a real model.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ VISION: dict[str, Any] = {
     "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
     "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
 }  # fmt: skip
-TEXT: dict[str, Any] = {
-    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
+_TEXT: dict[str, Any] = {
+    "model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": 151936,
     "max_position_embeddings": 32768, "rope_theta": 1000000.0, "tie_word_embeddings": False,
 }  # fmt: skip
+TEXTS: dict[str, dict[str, Any]] = {
+    "0.5b": _TEXT | {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                     "num_attention_heads": 14},
+    "1.5b": _TEXT | {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+                     "num_attention_heads": 12},
+}  # fmt: skip
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # of LLaVA 1.6
 STD = 0.02
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
@@ -134,34 +141,40 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--arch", type=click.Choice(["llava", "llava_next"]), default="llava")
+@click.option("--language", type=click.Choice(list(TEXTS)), default="1.5b", show_default=True)
 @click.option("--seed", default=0, show_default=True)
-def main(folder: Path, seed: int) -> None:
+def main(folder: Path, arch: str, language: str, seed: int) -> None:
     """Write the checkpoint to FOLDER."""
     folder.mkdir(parents=True)
-    image_token_id = 400
+    text, image_token_id, tiles = TEXTS[language], 400, arch == "llava_next"
     config = {
-        "model_type": "llava", "image_token_index": image_token_id, "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default", "vision_config": VISION, "text_config": TEXT,
+        "model_type": arch, "image_token_index": image_token_id, "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default", "vision_config": VISION, "text_config": text,
+        **({"image_grid_pinpoints": PINPOINTS} if tiles else {}),
     }  # fmt: skip
     write_json(folder / "config.json", config)
     size = VISION["image_size"]
     image = {
-        "image_processor_type": "CLIPImageProcessor", "resample": 3,
-        "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+        "image_processor_type": "LlavaNextImageProcessor" if tiles else "CLIPImageProcessor",
+        "size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "resample": 3,
+        **({"image_grid_pinpoints": PINPOINTS} if tiles else {}),
     }  # fmt: skip
     write_json(folder / "preprocessor_config.json", image)
     processor = {
-        "processor_class": "LlavaProcessor", "image_token": "<image>",
-        "patch_size": VISION["patch_size"], "num_additional_image_tokens": 1,
-        "vision_feature_select_strategy": "default",
+        "processor_class": "LlavaNextProcessor" if tiles else "LlavaProcessor",
+        "image_token": "<image>", "patch_size": VISION["patch_size"],
+        "num_additional_image_tokens": 1, "vision_feature_select_strategy": "default",
     }  # fmt: skip
     write_json(folder / "processor_config.json", processor)
     write_tokenizer(folder, image_token_id)
     shapes = [
         *vision_shapes(VISION),
-        *projector_shapes(VISION["hidden_size"], TEXT["hidden_size"]),
-        *language_shapes(TEXT),
+        *projector_shapes(VISION["hidden_size"], text["hidden_size"]),
+        *language_shapes(text),
     ]
+    if tiles:
+        shapes.append(("image_newline", (text["hidden_size"],)))
     write_weights(folder / "model.safetensors", shapes, seed)
 
 

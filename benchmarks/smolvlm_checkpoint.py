@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from vlm_edge.benchmarks import big_checkpoint
 from vlm_edge.benchmarks.big_checkpoint import Shapes, affine, write_json
-from vlm_edge.export import demo
+from vlm_edge.benchmarks.peers.models import demo_checkpoint
 
 VISION: dict[str, Any] = {
     "model_type": "smolvlm_vision", "hidden_size": 768, "intermediate_size": 3072,
@@ -67,7 +67,7 @@ def shapes() -> Shapes:
 
 def write_tokenizer(folder: Path) -> Tokenizer:
     """SmolLM2's with SmolVLM's tokens; the place of <image> in the demo's is SmolLM2's own again."""
-    text = demo.tokenizer_json(demo.find_parts()["language"])
+    text = (demo_checkpoint() / "tokenizer.json").read_text(encoding="utf-8")
     tokenizer = Tokenizer.from_str(text.replace('"<image>"', '"<reponame>"'))
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in TOKENS])
     tokenizer.save(str(folder / "tokenizer.json"))

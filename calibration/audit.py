@@ -6,43 +6,43 @@ Only the items that set something count; those held out measure the error and ex
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from vlm_edge.calibration.data import CalibrationSet, Prompt
-from vlm_edge.runtime.manifest import Tiling
+from vlm_edge.runtime.tiling.plan import Tiler
 from vlm_edge.runtime.tokenizer import Tokenizer
 
 LONG = 128  # tokens of a text: about a paragraph; shorter ones leave later positions unseen
 EXTREME = 2  # an aspect ratio beyond 1:2 or 2:1
-ONE_TILE = "single"  # the kind of tiling that makes one tile of every picture
-# By kind of tiling, the tiles of a picture of this width and height.
-TILES: Mapping[str, Callable[[int, int], int]] = {ONE_TILE: lambda width, height: 1}
 
 
-def audit(data: CalibrationSet, tiling: Tiling) -> tuple[dict[str, Any], list[str]]:
+def audit(data: CalibrationSet, tiler: Tiler) -> tuple[dict[str, Any], list[str]]:
     """What the calibration data is, and what its pictures lack.
 
     Args:
-        tiling: of the model, which decides how many tiles a picture takes.
+        tiler: of the model, which decides what tiles a picture becomes.
 
     Returns:
         The manifest's `calibration.data`, and one sentence for each path never exercised.
     """
     sizes = [size for index, size in enumerate(data.sizes) if index not in data.held_out]
-    tiles = Counter(TILES[tiling.kind](*size) for size in sizes)
+    plans = [tiler.plan(*size) for size in sizes]
+    tiles, grids = Counter(plan.tiles for plan in plans), Counter(plan.name for plan in plans)
     shapes = aspect_ratios(sizes)
     facts: dict[str, Any] = {
         "sha256": data.sha256, "pictures": len(data.paths), "prompts": len(data.prompts),
         "held_out": len(data.held_out), "held_out_prompts": len(data.held_out_prompts),
         "aspect_ratios": shapes, "tiles": {str(n): tiles[n] for n in sorted(tiles)},
+        "tilings": {name: grids[name] for name in sorted(grids)},
     }  # fmt: skip
     lacking = [f"no {shape} picture" for shape in ("portrait", "landscape") if not shapes[shape]]
-    if tiling.kind != ONE_TILE:
-        lacking += [] if shapes["extreme"] else ["no picture beyond 1:2 or 2:1"]
-        lacking += [] if 1 in tiles else ["no picture of one tile"]
-        lacking += [] if max(tiles) > 1 else ["no picture of several tiles"]
+    unseen = [name for name in tiler.grids() if name not in grids]
+    if len(tiler.grids()) > 1 and not shapes["extreme"]:
+        lacking.append("no picture beyond 1:2 or 2:1")
+    if unseen:
+        lacking.append(f"no picture of the tilings {', '.join(unseen)} (rows x columns)")
     return facts, _sentences(lacking)
 
 

@@ -1,5 +1,8 @@
 """What a model is calibrated on: pictures, questions about them and texts; the user's or the built-in.
 
+A model that tiles also gets the built-in large pictures, one of every shape, and where all would be too
+many tiles, each of its tilings is kept once at least and sets something.
+
 A folder holds pictures and, if wanted, `prompts.jsonl` ({"image": file name, "prompt": text} a line, or
 {"images": [file names], "prompt": text}) and `texts.txt` (a text a line), both UTF-8.
 """
@@ -8,19 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from vlm_edge.errors import CalibrationError, ImageError
 from vlm_edge.runtime.images import decode
+from vlm_edge.runtime.tiling.plan import Tiler
 
 SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .png .tif .tiff .webp".split())
 FEWEST = 4  # below this the ranges would be an accident, and nothing could be held out
 MOST = 128  # more change ranges little and cost time; taken evenly from the sorted folder
 HOLD_OUT = 4  # every so-many-th item measures the error and sets nothing
+LARGE = "large"  # folder of the built-in pictures for models that tile
 QUESTION = "Describe the image."  # for pictures without a prompt
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,14 +53,74 @@ class CalibrationSet:
         """Indices of the pictures that measure the error."""
         return tuple(range(HOLD_OUT - 1, len(self.paths), HOLD_OUT))
 
+    def within(self, tiler: Tiler, most: int) -> CalibrationSet:
+        """As many pictures as have `most` tiles together (`FEWEST` at least), with the prompts that need no
+        others: the last one of each tiling, where the large pictures are, and the rest taken evenly.
+
+        Each of these sets something: pictures change places where it would be held out. Where every
+        picture is tiled alike and there is room, nothing changes.
+        """
+        plans = [tiler.plan(*size) for size in self.sizes]
+        tiles = [plan.tiles for plan in plans]
+        last = {plan.name: index for index, plan in enumerate(plans)}
+        shown: list[int] = []
+        for index in sorted(last.values(), key=tiles.__getitem__) if len(last) > 1 else ():
+            # What is held out needs room too.
+            if sum(tiles[i] for i in (*shown, index)) <= most * (HOLD_OUT - 1) // HOLD_OUT:
+                shown.append(index)
+        room = most - sum(tiles[i] for i in shown)
+        rest = [index for index in range(len(plans)) if index not in shown]
+        count = len(rest)
+        fewest = max(0, FEWEST - len(shown))
+        while count > fewest and sum(tiles[i] for i in evenly(rest, count)) > room:
+            count -= 1
+        return self._only(_setting(shown, evenly(rest, count)))
+
+    def _only(self, kept: Sequence[int]) -> CalibrationSet:
+        """Some of the pictures, in this order, with the prompts that need no others."""
+        if list(kept) == list(range(len(self.paths))):
+            return self
+        index = {old: new for new, old in enumerate(kept)}
+        prompts = tuple(
+            Prompt(tuple(index[i] for i in prompt.pictures), prompt.text)
+            for prompt in self.prompts
+            if all(i in index for i in prompt.pictures)
+        )
+        return replace(
+            self,
+            paths=tuple(self.paths[i] for i in kept),
+            sizes=tuple(self.sizes[i] for i in kept),
+            prompts=prompts,
+        )
+
     @property
     def held_out_prompts(self) -> tuple[int, ...]:
         """Indices of the prompts that measure the error."""
         return tuple(range(HOLD_OUT - 1, len(self.prompts), HOLD_OUT))
 
 
-def load(folder: Path | None) -> CalibrationSet:
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, at equal distances."""
+    count = min(len(items), most)
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def _setting(shown: Sequence[int], rest: Sequence[int]) -> list[int]:
+    """Both, in the order of the rest, with what must be `shown` in places that are not held out."""
+    order: list[int] = []
+    waiting, others = list(shown), list(rest)
+    while waiting or others:
+        held_out = len(order) % HOLD_OUT == HOLD_OUT - 1
+        take = others if others and (held_out or not waiting) else waiting
+        order.append(take.pop(0))
+    return order
+
+
+def load(folder: Path | None, large: bool = False) -> CalibrationSet:
     """The pictures of `folder` (not of folders below it) with its prompts, or the built-in ones.
+
+    Args:
+        large: with the large ones among the built-in: for models that tile.
 
     Raises:
         CalibrationError: no such folder, one that cannot be read, fewer than FEWEST pictures, one that
@@ -61,7 +128,8 @@ def load(folder: Path | None) -> CalibrationSet:
     """
     if folder is None:
         with as_file(files("vlm_edge.export") / "demo_data" / "calibration") as built_in:
-            return _read(built_in)
+            data = _read(built_in)
+            return _joined(data, _read(built_in / LARGE)) if large else data
     if folder.exists() and not folder.is_dir():
         raise CalibrationError(
             f"calibration takes a folder of pictures; {folder} is a file: give the folder it is in"
@@ -73,9 +141,7 @@ def load(folder: Path | None) -> CalibrationSet:
 
 def _read(folder: Path) -> CalibrationSet:
     every = _pictures(folder)
-    paths = every
-    if len(every) > MOST:
-        paths = [every[i * len(every) // MOST] for i in range(MOST)]
+    paths = evenly(every, MOST)
     digest, sizes = hashlib.sha256(), []
     for path in paths:
         try:
@@ -94,6 +160,20 @@ def _read(folder: Path) -> CalibrationSet:
         )
     digest.update(json.dumps([[p.pictures, p.text] for p in prompts]).encode())
     return CalibrationSet(tuple(paths), tuple(sizes), tuple(prompts), digest.hexdigest())
+
+
+def _joined(first: CalibrationSet, second: CalibrationSet) -> CalibrationSet:
+    count = len(first.paths)
+    prompts = tuple(
+        Prompt(tuple(count + index for index in prompt.pictures), prompt.text)
+        for prompt in second.prompts
+    )
+    return CalibrationSet(
+        first.paths + second.paths,
+        first.sizes + second.sizes,
+        first.prompts + prompts,
+        hashlib.sha256(bytes.fromhex(first.sha256 + second.sha256)).hexdigest(),
+    )
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vlm_edge.errors import CheckpointMissing, UnsupportedConfig
+from vlm_edge.export import processor_split
+from vlm_edge.export.processor_split import SplitSettings
 from vlm_edge.runtime.manifest import ImageSettings, Resize
+from vlm_edge.runtime.tiling.settings import Size
 
 PROCESSOR = "processor_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 
 # PIL.Image.Resampling, by number
 _RESAMPLE = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
+# Resolutions (height, width) of LLaVA-NeXT where neither its processor nor its config says any.
+PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 # Class attributes of transformers' models/*/image_processing_pil_*.py; equal to 4.x's __init__.
 _BASE: dict[str, Any] = {
@@ -44,9 +50,11 @@ _CLIP = _BASE | {
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": _CLIP,
     "LlavaImageProcessor": _CLIP,
+    "LlavaNextImageProcessor": _CLIP | {"image_grid_pinpoints": PINPOINTS},
     "BitImageProcessor": _CLIP,
     "SiglipImageProcessor": _BASE | _HALF | {"default_to_square": False, "resample": 3},
     "ViTImageProcessor": _BASE | _HALF | {"resample": 2},
+    **dict.fromkeys(processor_split.KINDS, processor_split.DEFAULTS),
 }
 _STEPS = set(_CLIP) | {"do_pad", "do_convert_rgb"}
 # The types above never look at these; the rest of them say who wrote the file.
@@ -56,6 +64,20 @@ _IGNORED = {
     "auto_map", "feature_extractor_type", "image_processor_type", "processor_class",
     "transformers_version",
 }  # fmt: skip
+_OUTER = {
+    "auto_map", "chat_template", "image_processor", "image_token", "num_additional_image_tokens",
+    "patch_size", "processor_class", "vision_feature_select_strategy",
+}  # fmt: skip
+_OUTER_SPLIT = _OUTER | {"image_seq_len", "video_processor"}
+
+
+@dataclass(frozen=True)
+class Pinpoints:
+    """How LlavaNextImageProcessor cuts a picture into tiles."""
+
+    resolutions: tuple[Size, ...]  # pixels, whole tiles; in the file's order
+    overview: Size  # pixels that the whole picture is scaled to
+    resample: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,10 @@ class Processor:
     """What the processor files say; None where they do not."""
 
     image: ImageSettings
+    pinpoints: Pinpoints | None  # of LLaVA-NeXT
+    split: SplitSettings | None  # of Idefics3 and SmolVLM
+    image_processor_type: str  # without "Fast" and the like
+    image_seq_len: int | None  # places of a tile in the prompt
     patch_size: int | None  # pixels
     num_additional_image_tokens: int | None
     vision_feature_select_strategy: str | None
@@ -118,8 +144,14 @@ def read_processor(folder: Path) -> Processor:
             what = f"no {PREPROCESSOR}, and no image_processor in {PROCESSOR}"
             raise CheckpointMissing(folder, what)
         inner = _Keys(f"{PREPROCESSOR}: ", found)
+    one_tile, split = _split(inner)
+    image, pinpoints = _image_settings(one_tile)
     processor = Processor(
-        image=_image_settings(inner),
+        image=image,
+        pinpoints=pinpoints,
+        split=split,
+        image_processor_type=_kind(inner),
+        image_seq_len=outer.typed("image_seq_len", int),
         patch_size=outer.typed("patch_size", int),
         num_additional_image_tokens=outer.typed("num_additional_image_tokens", int),
         vision_feature_select_strategy=outer.typed("vision_feature_select_strategy", str),
@@ -127,7 +159,7 @@ def read_processor(folder: Path) -> Processor:
         processor_class=outer.typed("processor_class", str) or inner.typed("processor_class", str),
         chat_template=outer.typed("chat_template", str),
     )
-    outer.only(set(Processor.__dataclass_fields__) - {"image"} | {"image_processor", "auto_map"})
+    outer.only(_OUTER if split is None else _OUTER_SPLIT)
     return processor
 
 
@@ -163,17 +195,35 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return data
 
 
-def _image_settings(given: _Keys) -> ImageSettings:
+def _split(given: _Keys) -> tuple[_Keys, SplitSettings | None]:
+    """The processor of one tile that is left to read, and how tiles are cut; None for other types."""
+    if _kind(given) not in processor_split.KINDS:
+        return given, None
+    given.only(processor_split.KEYS | _IGNORED)
+    split = processor_split.read(_Keys(given.where, processor_split.DEFAULTS | dict(given.data)))
+    left = {key: value for key, value in given.data.items() if key in _STEPS | _IGNORED}
+    return _Keys(given.where, left | split.one_tile()), split
+
+
+def _image_settings(given: _Keys) -> tuple[ImageSettings, Pinpoints | None]:
     kind = _kind(given)
-    given.only(_STEPS | _IGNORED)
+    tiled = kind == "LlavaNextImageProcessor"
+    given.only(
+        _STEPS | _IGNORED | ({"image_grid_pinpoints", "aspect_ratio_setting"} if tiled else set())
+    )
     keys = _Keys(given.where, _DEFAULTS[kind] | dict(given.data))
     if keys.get("do_convert_rgb") is False:  # null, as SigLIP has it, asks for nothing
         keys.refuse("do_convert_rgb", "images are always converted to RGB")
     pad = None
-    if keys.flag("do_pad"):
+    if keys.flag("do_pad") and not tiled:  # LlavaNextImageProcessor pads the batch with tiles
         if kind != "LlavaImageProcessor":
             keys.refuse("do_pad", "only LlavaImageProcessor's padding to a square is known")
         pad = _pad_colour(keys)
+    resize = _resize(keys) if keys.flag("do_resize") else None
+    if tiled and resize is not None:
+        resize = replace(
+            resize, mode="exact"
+        )  # all that it resizes is square, or is to become `size`
     rescale = keys.flag("do_rescale")
     normalize = keys.flag("do_normalize")
     std = _channels(keys, "image_std") if normalize else None
@@ -181,7 +231,7 @@ def _image_settings(given: _Keys) -> ImageSettings:
         keys.refuse("image_std", "it would divide by zero")
     settings = ImageSettings(
         pad_to_square=pad,
-        resize=_resize(keys) if keys.flag("do_resize") else None,
+        resize=resize,
         crop=_crop(keys) if keys.flag("do_center_crop") else None,
         rescale_factor=_number(keys, "rescale_factor") if rescale else None,
         mean=_channels(keys, "image_mean") if normalize else None,
@@ -190,7 +240,33 @@ def _image_settings(given: _Keys) -> ImageSettings:
         width=0,
     )
     height, width = square_output(settings, keys.where)
-    return replace(settings, height=height, width=width)
+    settings = replace(settings, height=height, width=width)
+    return settings, _pinpoints(keys, (height, width)) if tiled else None
+
+
+def _pinpoints(keys: _Keys, tile: Size) -> Pinpoints:
+    """Source: LlavaNextImageProcessor._preprocess and .get_image_patches.
+
+    Args:
+        tile: what the processor's last steps make of each tile, pixels.
+    """
+    if keys.get("aspect_ratio_setting") not in (None, "anyres"):
+        keys.refuse("aspect_ratio_setting", "known is anyres")
+    size = _resize(keys)
+    overview = size.height, size.width
+    cut = size.height if keys.get("crop_size") is None else _crop(keys)[0]
+    if tile != (cut, cut):
+        why = f"tiles are cut as {cut} x {cut} pixels and become {tile[0]} x {tile[1]}; both should be one"
+        keys.refuse("crop_size", why)
+    given = keys.get("image_grid_pinpoints")
+    if not isinstance(given, list) or not given or not all(map(_is_pair, given)):
+        keys.refuse("image_grid_pinpoints", "it should be a list of heights and widths in pixels")
+    for height, width in given:
+        if height % cut or width % cut:
+            why = f"{height} x {width} pixels are not whole tiles of {cut} x {cut}"
+            keys.refuse("image_grid_pinpoints", why)
+    resolutions = tuple((height, width) for height, width in given)
+    return Pinpoints(resolutions, overview, size.resample)
 
 
 def _kind(keys: _Keys) -> str:
@@ -229,9 +305,13 @@ def _height_width(keys: _Keys, key: str, why: str) -> tuple[int, int]:
         value = [value, value]
     if isinstance(value, dict) and set(value) == {"height", "width"}:
         value = [value["height"], value["width"]]
-    if not (isinstance(value, list) and len(value) == 2 and all(_pixels(v) for v in value)):
+    if not _is_pair(value):
         keys.refuse(key, why)
     return value[0], value[1]
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(_pixels(v) for v in value)
 
 
 def _pixels(value: object) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlm_edge.errors import BundleDamaged, PromptError
 from vlm_edge.runtime.manifest import NAME, EmbeddingSettings, Manifest, read_manifest
+from vlm_edge.runtime.tiling import AnyRes, Tiler, tiler
 
 
 class Bundle:
@@ -50,11 +51,31 @@ class Bundle:
     def embeddings(self) -> Embeddings:
         return Embeddings(self.path, self.manifest.embeddings)
 
+    def tiler(self) -> Tiler:
+        """What turns pictures into tiles, places and visual tokens."""
+        tiling, image = self.manifest.tiling, self.manifest.image
+        newline = None
+        if isinstance(tiling, AnyRes):
+            newline = self._vector(tiling.newline, self.manifest.decoder.width)
+        return tiler(tiling, (image.height, image.width), newline)
+
+    def _vector(self, name: str, width: int) -> np.ndarray:
+        """float32 [width] from a file of the bundle."""
+        try:
+            array = np.load(self.file(name), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise BundleDamaged(self.path, f"{name} is not a vector ({error})") from error
+        if array.shape != (width,) or array.dtype != np.float32:
+            found = f"{array.dtype} {list(array.shape)}"
+            raise BundleDamaged(self.path, f"{name} is {found} instead of float32 [{width}]")
+        return array
+
     def _check_names(self) -> None:
         manifest = self.manifest
         graphs = [g for e in manifest.engines.values() for g in (e.graph, *e.lowered.values())]
         tables = (manifest.embeddings.file, manifest.embeddings.scales)
-        for name in (*graphs, *tables, manifest.prompt.chat_template, "tokenizer.json"):
+        newline = manifest.tiling.newline if isinstance(manifest.tiling, AnyRes) else None
+        for name in (*graphs, *tables, newline, manifest.prompt.chat_template, "tokenizer.json"):
             if name is not None and name not in manifest.files:
                 raise BundleDamaged(self.path, f"{NAME} lists no file {name}")
         for name in manifest.files:
@@ -77,7 +98,7 @@ class Bundle:
         shapes = {key: spec.shape for key, spec in specs.items()}
         decoder, image = manifest.decoder, manifest.image
         caches = sum(1 for name, spec in shapes if name == "llm" and spec.startswith("past.key."))
-        tokens = manifest.prompt.tokens_per_image
+        tokens = manifest.tiling.tile_tokens
         expected: dict[tuple[str, str], tuple[int | str, ...]] = {
             ("vision", "pixel_values"): ("tiles", 3, image.height, image.width),
             ("connector", "image_features"): ("tiles", tokens, decoder.width),
@@ -151,13 +172,25 @@ class Embeddings:
         Raises:
             PromptError: an id has no row (a special token the model was never given one for).
         """
-        if len(ids) and ids.max() >= len(self._table):
-            raise PromptError(
-                f"token {ids.max()} of the prompt has no row in the model's table of {len(self._table)}"
-            )
+        self._check(int(ids.max(initial=0)))
         rows = self._table[ids]
         if self._scales is None:
             return np.asarray(rows, dtype=np.float32)
         scales = self._scales[ids]  # [n, blocks]
         blocks = rows.reshape(*scales.shape, -1).astype(np.float32)
         return (blocks * scales[..., None]).reshape(rows.shape)
+
+    def row(self, token_id: int) -> np.ndarray:
+        """float32 [width] of one token, not to be written to: half the cost of `rows`, which see."""
+        self._check(token_id)
+        row = self._table[token_id]
+        if self._scales is None:
+            return np.asarray(row, dtype=np.float32)
+        scales = self._scales[token_id]  # [blocks]
+        return (row.reshape(len(scales), -1) * scales[:, None]).reshape(-1)
+
+    def _check(self, token_id: int) -> None:
+        if token_id >= len(self._table):
+            raise PromptError(
+                f"token {token_id} of the prompt has no row in the model's table of {len(self._table)}"
+            )

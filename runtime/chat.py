@@ -42,7 +42,7 @@ class Chat:
         content.append({"type": "text", "text": text})
         asked = [*self.messages, {"role": "user", "content": content}]
         stream = self._vlm.start(asked, (), True, Settings(**settings), reuse=True)
-        return Stream(self._remember(asked, stream))
+        return Stream(self._remember(asked, stream), stream.pictures)
 
     def _remember(self, asked: list[dict[str, Any]], stream: Stream) -> Iterator[str | Result]:
         yield from stream

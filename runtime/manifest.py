@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from vlm_edge.errors import BundleDamaged, BundleFormatMismatch, BundleMissing
 from vlm_edge.runtime.schema import SchemaError, from_json, to_json
+from vlm_edge.runtime.tiling.settings import Tiling
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 Precision = Literal["fp32", "int8", "int4", "w8a8"]  # w8a8: of a language model; others are in int8
@@ -84,19 +85,11 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """How one image becomes tiles; `single` is one tile whatever the image's shape."""
-
-    kind: Literal["single"]
-
-
-@dataclass(frozen=True)
 class PromptSettings:
     """How text and images become token ids. Source: tokenizer_config.json, the processor."""
 
     image_token: str
     image_token_id: int
-    tokens_per_image: int
     chat_template: str | None  # file name in the bundle
     special_tokens: dict[str, str]  # bos_token, eos_token, ... as the chat template sees them
 

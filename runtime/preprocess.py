@@ -1,4 +1,4 @@
-"""From RGB pixels to the vision engine's input, as the checkpoint's own image processor does it.
+"""From RGB pixels to the vision engine's input, tile by tile, as the checkpoint's processor does it.
 
 Source: transformers 5 `PilBackend` (image_processing_backends.py, image_transforms.py), and
 `LlavaImageProcessorPil.pad_to_square`. Equal to the bit: geometry is Pillow's own on uint8, and the
@@ -7,6 +7,8 @@ two float steps depend on a pixel's value alone, so they are a table of 256 valu
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -14,10 +16,17 @@ from PIL import Image
 from vlm_edge.errors import ImageTooLarge, ImageUnreadable, SettingError
 from vlm_edge.runtime.images import ImageLimits, on_white
 from vlm_edge.runtime.manifest import ImageSettings, Resize
+from vlm_edge.runtime.tiling.plan import Sheet
+from vlm_edge.runtime.tiling.settings import Size
 
 
-def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.float32]:
-    """One RGB image as one tile: float32 [1, 3, height, width], C-contiguous.
+def preprocess(
+    image: Image.Image, settings: ImageSettings, sheets: Sequence[Sheet | None] = (None,)
+) -> NDArray[np.float32]:
+    """One RGB image as its tiles: float32 [tiles, 3, height, width], C-contiguous.
+
+    Args:
+        sheets: what its tiles are cut from (`tiling.TilePlan`); None is the whole image as one tile.
 
     Raises:
         ImageUnreadable: `image` is not RGB; `decode` makes it so.
@@ -27,6 +36,65 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.float3
     if image.mode != "RGB":
         raise ImageUnreadable("<image>", f"its mode is {image.mode}, preprocessing takes RGB")
     image = _opaque(image)
+    values = _values(settings)  # [3, 256]
+    count = sum(1 if sheet is None else sheet.tiles[0] * sheet.tiles[1] for sheet in sheets)
+    tiles = np.empty((count, 3, settings.height, settings.width), np.float32)
+    for tile, pixels in zip(tiles, _pieces(image, settings, sheets), strict=True):
+        for channel in range(3):
+            # "clip" because numpy buffers `out` under "raise"; a uint8 is never out of range.
+            np.take(values[channel], pixels[:, :, channel], out=tile[channel], mode="clip")
+    return tiles  # [tiles, 3, height, width]
+
+
+def _pieces(
+    image: Image.Image, settings: ImageSettings, sheets: Sequence[Sheet | None]
+) -> Iterator[NDArray[np.uint8]]:
+    """Tiles uint8 [height, width, 3] in order."""
+    scaled: dict[tuple[Size, ...], Image.Image] = {(): image}  # by the sizes gone through
+    for sheet in sheets:
+        if sheet is None:
+            yield np.asarray(_framed(image, settings))
+            continue
+        filter_ = Image.Resampling[sheet.resample.upper()]
+        for index, (height, width) in enumerate(sheet.scaled):
+            if sheet.scaled[: index + 1] not in scaled:
+                before = scaled[sheet.scaled[:index]]
+                after = (
+                    before
+                    if before.size == (width, height)
+                    else before.resize((width, height), filter_)
+                )
+                scaled[sheet.scaled[: index + 1]] = after
+        canvas = _on_canvas(scaled[sheet.scaled], sheet)
+        (rows, columns), (down, right) = sheet.tiles, sheet.stride
+        high, wide = canvas.shape[0] - (rows - 1) * down, canvas.shape[1] - (columns - 1) * right
+        for row in range(rows):
+            for column in range(columns):
+                top, left = row * down, column * right
+                piece = canvas[top : top + high, left : left + wide]
+                again = sheet.framed and not _fits(piece, settings)
+                yield np.asarray(_framed(Image.fromarray(piece), settings)) if again else piece
+
+
+def _on_canvas(picture: Image.Image, sheet: Sheet) -> NDArray[np.uint8]:
+    """The picture on its black canvas, uint8 [height, width, 3]."""
+    height, width = sheet.canvas
+    if picture.size != (width, height):
+        top, left = sheet.offset
+        picture = picture.crop((-left, -top, width - left, height - top))
+    return np.asarray(picture)
+
+
+def _fits(piece: NDArray[np.uint8], settings: ImageSettings) -> bool:
+    """Would resizing and cropping leave the tile as it is?"""
+    size, resize = piece.shape[:2], settings.resize
+    return size == (settings.height, settings.width) and (
+        resize is None or size == (resize.height, resize.width)
+    )
+
+
+def _framed(image: Image.Image, settings: ImageSettings) -> Image.Image:
+    """Padded, resized and cropped to the size of a tile."""
     if settings.pad_to_square is not None:
         image = _pad_to_square(image, settings.pad_to_square)
     if settings.resize is not None:
@@ -38,13 +106,7 @@ def preprocess(image: Image.Image, settings: ImageSettings) -> NDArray[np.float3
             f"the image settings give a tile of {image.height} x {image.width} pixels, the vision "
             f"engine takes {settings.height} x {settings.width}; resize or crop must fix the size"
         )
-    pixels = np.asarray(image)  # [height, width, 3] uint8
-    values = _values(settings)  # [3, 256]
-    tiles = np.empty((1, 3, settings.height, settings.width), np.float32)
-    for channel in range(3):
-        # "clip" because numpy buffers `out` under "raise"; a uint8 is never out of range.
-        np.take(values[channel], pixels[:, :, channel], out=tiles[0, channel], mode="clip")
-    return tiles  # [tiles, 3, height, width]
+    return image
 
 
 def _opaque(image: Image.Image) -> Image.Image:

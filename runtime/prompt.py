@@ -1,7 +1,7 @@
 """From what the caller wrote (text, chat messages, texts and images in turn) to token ids and images.
 
-The words follow transformers' ProcessorMixin.apply_chat_template and LlavaProcessor: render the
-chat template, repeat each image's placeholder once per visual token, add bos unless it is there.
+The words follow transformers' ProcessorMixin.apply_chat_template and the model's processor: render the
+chat template, put each image's places where its placeholder stands, add bos unless it is there.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from vlm_edge.errors import (
 )
 from vlm_edge.runtime.images import ImageInput
 from vlm_edge.runtime.manifest import PromptSettings
+from vlm_edge.runtime.picture import Picture, open_picture
 from vlm_edge.runtime.template import ChatTemplate
+from vlm_edge.runtime.tiling.plan import UNLIMITED, TileLimits, Tiler
 from vlm_edge.runtime.tokenizer import Tokenizer
 
 # A text; or chat messages; or texts and images in turn, where a str is always a text and an image is
@@ -42,15 +44,18 @@ class BuiltPrompt:
 
     Attributes:
         text: what the template made of it, one placeholder per image.
-        token_ids: with each placeholder repeated once per visual token.
-        images: in the order of their placeholders.
-        visual_tokens: how many of the ids belong to each image.
+        token_ids: with one place per visual token where the placeholders stood.
+        pictures: in the order of their placeholders.
     """
 
     text: str
     token_ids: list[int]
-    images: list[ImageInput]
-    visual_tokens: list[int]
+    pictures: list[Picture]
+
+    @property
+    def visual_tokens(self) -> int:
+        """How many of the ids are places of visual tokens."""
+        return sum(picture.plan.tokens for picture in self.pictures)
 
 
 def build_prompt(
@@ -59,9 +64,10 @@ def build_prompt(
     settings: PromptSettings,
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
+    tiler: Tiler,
     *,
     use_template: bool = True,
-    tokens_per_image: int | Callable[[ImageInput], int] | None = None,
+    limits: TileLimits = UNLIMITED,
 ) -> BuiltPrompt:
     """Turn the caller's prompt into token ids and the images they refer to.
 
@@ -70,14 +76,15 @@ def build_prompt(
     placeholders included.
 
     Args:
-        tokens_per_image: visual tokens, of every image or of a given one; None asks `settings`.
+        tiler: says what stands for an image of a given size.
+        limits: on the tiles and visual tokens of each image.
 
     Raises:
         EmptyPrompt: no text but white space, and no image.
         TemplateError: a template is wanted and the checkpoint has none, or it refuses the messages.
         ImageCountMismatch: placeholders and images differ in number.
         VisualTokenMismatch: the tokenizer does not keep the placeholder as one token.
-        ImageUnreadable: an image given as text (data: URL, base64) is damaged.
+        ImageError: an image cannot be read, or the model cannot keep `limits`.
         PromptError: a prompt, message, part or image of another kind.
     """
     given = [_image(image) for image in listed(images)]
@@ -94,13 +101,13 @@ def build_prompt(
         special = True
     if text.count(settings.image_token) != len(found):
         raise ImageCountMismatch(text.count(settings.image_token), len(found), settings.image_token)
-    count = settings.tokens_per_image if tokens_per_image is None else tokens_per_image
-    counts = [count if isinstance(count, int) else count(image) for image in found]
-    ids = tokenizer.encode(_expand(text, settings.image_token, counts), add_special_tokens=special)
-    places = ids.count(settings.image_token_id)
-    if places != sum(counts):
-        raise VisualTokenMismatch(places, sum(counts), counts)
-    return BuiltPrompt(text, ids, found, counts)
+    pictures = [open_picture(image, tiler, limits) for image in found]
+    places = [tiler.places(picture.plan, settings.image_token) for picture in pictures]
+    ids = tokenizer.encode(_expand(text, settings.image_token, places), add_special_tokens=special)
+    terms = [count for picture in pictures for _, count in picture.plan.terms]
+    if ids.count(settings.image_token_id) != sum(terms):
+        raise VisualTokenMismatch(ids.count(settings.image_token_id), terms)
+    return BuiltPrompt(text, ids, pictures)
 
 
 def listed(images: Sequence[ImageInput] | ImageInput | None) -> list[ImageInput]:
@@ -121,9 +128,9 @@ def _refuse_empty(texts: Sequence[str], images: Sequence[ImageInput]) -> None:
         raise EmptyPrompt
 
 
-def _expand(text: str, token: str, counts: Sequence[int]) -> str:
+def _expand(text: str, token: str, places: Sequence[str]) -> str:
     first, *rest = text.split(token)
-    return first + "".join(token * n + piece for n, piece in zip(counts, rest, strict=True))
+    return first + "".join(p + piece for p, piece in zip(places, rest, strict=True))
 
 
 # -- without the template ---------------------------------------------------------------------

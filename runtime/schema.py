@@ -56,6 +56,15 @@ def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
+def _of_kind(classes: list[Any], data: Any, path: str) -> Any:
+    """Of dataclasses in a union, the one whose `kind`, a literal, is the object's."""
+    by_kind = {typing.get_args(typing.get_type_hints(cls)["kind"])[0]: cls for cls in classes}
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind not in by_kind:
+        raise SchemaError(f"{_join(path, 'kind')} is {kind!r}, not one of {', '.join(by_kind)}")
+    return by_kind[kind]
+
+
 def _value(hint: Any, data: Any, path: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -64,6 +73,8 @@ def _value(hint: Any, data: Any, path: str) -> Any:
         if data is None and type(None) in args:
             return None
         kinds = [a for a in args if a is not type(None)]
+        if all(dataclasses.is_dataclass(kind) for kind in kinds) and len(kinds) > 1:
+            return from_json(_of_kind(kinds, data, path), data, path)
         if len(kinds) == 1:
             return _value(kinds[0], data, path)
         if type(data) not in kinds:  # a union of plain types

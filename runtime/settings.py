@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vlm_edge.errors import SettingError
+from vlm_edge.runtime.tiling.plan import TileLimits
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,11 @@ class Settings:
         stop: text(s) that end the answer and are not part of it.
         ignore_eos: go on to max_new_tokens whatever the model says.
         seed: of the sampling; the same seed gives the same answer.
+        max_tiles, max_visual_tokens: of each image (`tiling.plan.TileLimits`).
 
     Raises:
-        SettingError: max_new_tokens is not a positive whole number (the others are checked by the
-            sampler).
+        SettingError: a number of tokens or tiles that is not a positive whole number (the others are
+            checked by the sampler).
     """
 
     max_new_tokens: int = 128
@@ -35,6 +37,8 @@ class Settings:
     stop: str | Sequence[str] | None = None
     ignore_eos: bool = False
     seed: int | None = None
+    max_tiles: int | None = None
+    max_visual_tokens: int | None = None
 
     def __post_init__(self) -> None:
         count = self.max_new_tokens
@@ -46,3 +50,9 @@ class Settings:
             raise SettingError(
                 f"max_new_tokens = {count!r}; it should be a whole number, at least 1"
             )
+        _ = self.limits  # checked when made
+
+    @property
+    def limits(self) -> TileLimits:
+        """The bounds on each image."""
+        return TileLimits(self.max_tiles, self.max_visual_tokens)

@@ -32,7 +32,7 @@ def splice(
     places = ids == image_token_id
     counts = [len(tokens) for tokens in features]
     if int(places.sum()) != sum(counts):
-        raise VisualTokenMismatch(int(places.sum()), sum(counts), counts)
+        raise VisualTokenMismatch(int(places.sum()), counts)
     # The image token itself may have no row in the table (an id beyond the vocabulary).
     embeds = embeddings.rows(np.where(places, 0, ids))
     if counts:

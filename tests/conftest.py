@@ -13,6 +13,8 @@ import pytest
 from pictures import write_pictures
 from tiny import build
 
+pytest_plugins = ["architecture_table"]
+
 if TYPE_CHECKING:
     from reference import Reference
 

@@ -52,6 +52,8 @@ def old_config(config: dict[str, Any]) -> dict[str, Any]:
         config[part] = {"_name_or_path": "", "torch_dtype": dtype, **inner}
     if config["vision_config"]["model_type"] == "clip_vision_model":
         config["vision_config"]["vocab_size"] = 32000  # as in llava-1.5-7b-hf; it means nothing
+    if config["model_type"] == "llava_next":
+        config["use_image_newline_parameter"] = True  # as in llava-v1.6-mistral-7b-hf
     tied = config["text_config"].get("tie_word_embeddings", False)
     config |= {
         "ignore_index": -100,
@@ -92,7 +94,9 @@ def _processor(folder: Path) -> None:
     processor = json.loads((folder / "processor_config.json").read_text())
     images = processor.pop("image_processor")
     images["image_processor_type"] = images["image_processor_type"].removesuffix("Pil")
-    images["processor_class"] = "LlavaProcessor"
+    images["processor_class"] = processor["processor_class"]
+    if "image_grid_pinpoints" in images:
+        images["aspect_ratio_setting"] = "anyres"
     (folder / "preprocessor_config.json").write_text(json.dumps(images, indent=2))
     (folder / "processor_config.json").write_text(json.dumps(processor, indent=2))
     template = folder / "chat_template.jinja"

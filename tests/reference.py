@@ -21,19 +21,17 @@ class Answer:
 
 
 class Reference:
-    """LlavaForConditionalGeneration in float32 with the checkpoint's own processor."""
+    """The checkpoint's own class of model in float32, with its own processor."""
 
     def __init__(self, folder: Path) -> None:
         import torch
-        from transformers import AutoProcessor, LlavaForConditionalGeneration
+        from transformers import AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = LlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32
-        ).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
 
     def inputs(self, prompt: str, images: Sequence[Path] = ()) -> Any:
         from transformers.image_utils import load_image

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
 
 import pytest
 from click.testing import CliRunner
 from pictures import scene
 
-from vlm_edge.calibration import audit as audit_module
-from vlm_edge.calibration.audit import LONG, TILES, aspect_ratios, audit, audit_prompts
+from vlm_edge.calibration.audit import LONG, aspect_ratios, audit, audit_prompts
 from vlm_edge.calibration.data import CalibrationSet, Prompt, load
 from vlm_edge.cli.main import cli
 from vlm_edge.export.pipeline import export
 from vlm_edge.export.precision import PrecisionPlan
-from vlm_edge.runtime.manifest import Tiling, read_manifest
+from vlm_edge.runtime.manifest import read_manifest
+from vlm_edge.runtime.tiling import AnyRes, Overlap, SingleTile, Split, Tiler, Tiling, tiler
 
 PORTRAIT, SQUARE, LANDSCAPE, STRIP = (30, 40), (40, 40), (40, 30), (90, 40)
-SINGLE = Tiling("single")
+SINGLE = tiler(SingleTile("single", 4), (20, 20))
 
 
 class Words:
@@ -67,28 +67,47 @@ def test_shapes_never_seen(sizes: list[tuple[int, int]], lacking: list[str]) -> 
     assert warnings == [f"calibration had {what}" for what in lacking]
 
 
+ANYRES = AnyRes("anyres", (2, 2), ((20, 40), (40, 20), (40, 40)), (20, 20), "bicubic", "n.npy")
+SPLIT = Split("split", 4, 40, True, "lanczos", "<fake>", "<global>")
+
+
 @pytest.mark.parametrize(
-    ("sizes", "tiles", "lacking"),
+    ("settings", "sizes", "tiles", "tilings", "lacking"),
     [
-        ([PORTRAIT, LANDSCAPE, STRIP], {"1": 2, "3": 1}, []),
-        ([PORTRAIT, LANDSCAPE], {"1": 2}, ["no picture beyond 1:2 or 2:1", "no picture of several tiles"]),
-        ([(30, 90), STRIP], {"3": 2}, ["no picture of one tile"]),
+        # 30 x 40 and 40 x 30 keep most of their pixels in 40 x 40
+        (ANYRES, [PORTRAIT, LANDSCAPE], {"5": 2}, {"2x2": 2},
+         ["no picture beyond 1:2 or 2:1", "no picture of the tilings 1x2, 2x1"]),
+        (ANYRES, [PORTRAIT, (90, 20), (20, 90)], {"3": 2, "5": 1}, {"1x2": 1, "2x1": 1, "2x2": 1}, []),
+        (ANYRES, [(10, 30), (30, 10)], {"3": 2}, {"1x2": 1, "2x1": 1},
+         ["no picture of the tilings 2x2"]),
+        (SPLIT, [PORTRAIT, LANDSCAPE], {"5": 2}, {"2x2": 2},
+         ["no picture beyond 1:2 or 2:1", "no picture of the tilings 1x2, 2x1"]),
+        (SPLIT, [PORTRAIT, (90, 40), (40, 90)], {"3": 2, "5": 1}, {"1x2": 1, "2x1": 1, "2x2": 1}, []),
+        # no scaling: as many tilings as there are pictures, so none can be called unseen
+        (replace(SPLIT, longest_edge=None), [(60, 30), (20, 45), (20, 20)],
+         {"1": 1, "7": 2}, {"1": 1, "2x3": 1, "3x2": 1}, []),
+        (replace(SPLIT, split=False), [PORTRAIT, LANDSCAPE], {"1": 2}, {"1": 2}, []),
+        (Overlap("overlap", (2, 2), (3, 3), (1, 1), "crop", "bicubic"), [PORTRAIT, LANDSCAPE],
+         {"10": 2}, {"3x3": 2}, []),
     ],
 )  # fmt: skip
 def test_tilings_never_seen(
-    sizes: list[tuple[int, int]], tiles: dict[str, int], lacking: list[str],
-    monkeypatch: pytest.MonkeyPatch,
+    settings: Tiling, sizes: list[tuple[int, int]], tiles: dict[str, int], tilings: dict[str, int],
+    lacking: list[str],
 ) -> None:  # fmt: skip
-    """A kind of tiling that makes three tiles of a strip."""
-    strips: Any = lambda width, height: 3 if max(width, height) > 2 * min(width, height) else 1  # noqa: E731
-    monkeypatch.setattr(audit_module, "TILES", {**TILES, "strips": strips})
-    facts, warnings = audit(data(sizes), Tiling("strips"))  # type: ignore[arg-type]
+    facts, warnings = audit(data(sizes), tiler(settings, (20, 20)))
     assert facts["tiles"] == tiles
-    assert warnings == [f"calibration had {what}" for what in lacking]
+    assert facts["tilings"] == tilings
+    assert [w.removesuffix(" (rows x columns)") for w in warnings] == [
+        f"calibration had {what}" for what in lacking
+    ]
 
 
-def test_every_kind_of_tiling_is_known() -> None:
-    assert set(get_args(get_type_hints(Tiling)["kind"])) == set(TILES)
+@pytest.mark.parametrize("settings", [ANYRES, SPLIT, replace(SPLIT, split=False)])
+def test_no_picture_has_a_tiling_the_audit_does_not_know(settings: Tiling) -> None:
+    of_model: Tiler = tiler(settings, (20, 20))
+    sizes = [(width, height) for width in range(7, 130, 4) for height in range(7, 130, 4)]
+    assert {of_model.plan(*size).name for size in sizes} == set(of_model.grids())
 
 
 LONG_TEXT = Prompt((), "word " * LONG)

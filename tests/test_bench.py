@@ -59,7 +59,7 @@ def report(*sides: tuple[float, list[float]]) -> Report:
         figures |= {"load_s": load_s, "vision_ms": spread("vision_ms", times)}
         bundle = {"name": "b", "precisions": {"vision": "int8", "llm": "int4"}}
         made.append(Measured(bundle, {}, figures, [{"vision_ms": t} for t in times]))
-    settings = {"prompt_tokens": 9, "visual_tokens": 4, "new_tokens": 2, "runs": 3}
+    settings = {"prompt_tokens": 9, "visual_tokens": 4, "tiles": 1, "new_tokens": 2, "runs": 3}
     return Report("now", {"name": "a machine"}, settings, *made)
 
 

@@ -122,6 +122,8 @@ def test_float_rows(dtype: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows, table[ids].astype(np.float32))
     rows[:] = 0  # the caller writes visual tokens into them
     np.testing.assert_array_equal(found.rows(ids), table[ids].astype(np.float32))
+    for token in ids:
+        np.testing.assert_array_equal(found.row(int(token)), found.rows(np.array([token]))[0])
 
 
 def test_quantized_rows(tmp_path: Path) -> None:
@@ -134,6 +136,8 @@ def test_quantized_rows(tmp_path: Path) -> None:
     ids = np.array([8, 2])
     expected = [[table[i, j] * scales[i, j // 3] for j in range(6)] for i in ids]
     np.testing.assert_allclose(found.rows(ids), expected, rtol=1e-7)
+    for token in ids:
+        np.testing.assert_array_equal(found.row(int(token)), found.rows(np.array([token]))[0])
 
 
 def test_only_the_rows_used_are_read(tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_what_is_no_table_is_named(content: bytes, tmp_path: Path) -> None:
     [
         (("decoder", "layers"), 5), (("decoder", "layers"), 1), (("decoder", "width"), 24),
         (("decoder", "head_dim"), 6), (("decoder", "kv_heads"), 7), (("decoder", "vocab_size"), 9),
-        (("prompt", "tokens_per_image"), 4), (("image", "height"), 31), (("image", "width"), 31),
+        (("tiling", "tokens"), 4), (("image", "height"), 31), (("image", "width"), 31),
     ],
 )  # fmt: skip
 def test_settings_that_contradict_the_engines_are_refused(

@@ -138,10 +138,10 @@ def test_ranges_are_those_of_transformers_activations(
     _, model, _ = read_model(checkpoint(case))
     data = load(folder)
     floats = {}
-    inputs = static.pixels(data, model.image, tmp_path)
+    inputs, tiles = static.pixels(data, model.image, model.tiler(), tmp_path)
     for name in CONNECTED:
         floats[name] = static.run_float(
-            name, model.parts[name], inputs, data, tmp_path, lambda *_: None
+            name, model.parts[name], inputs, tiles, tmp_path, lambda *_: None
         )
         inputs = floats[name].outputs
 
@@ -183,7 +183,7 @@ def test_smoothing_changes_nothing_but_the_rounding(
     multiplication is left in front of a layer that has a norm before it."""
     made = export_with("smooth-80", checkpoint(case), folder, tmp_path / "b")
     exact = Bundle(bundle(case))
-    pixels = static.pixels(load(folder), made.manifest.image, tmp_path)[:1]
+    pixels = static.pixels(load(folder), made.manifest.image, made.tiler(), tmp_path)[0][:1]
     found, expected = (
         run(b.graph("vision", "cpu"), {"pixel_values": pixels})[0] for b in (made, exact)
     )
@@ -222,9 +222,9 @@ def test_every_method_can_be_asked_for(
     assert made.manifest.calibration["parts"]["vision"]["method"] == method
     _, model, _ = read_model(checkpoint("clip-llama"))
     data = load(folder)
-    pixels = static.pixels(data, model.image, tmp_path)
+    pixels, tiles = static.pixels(data, model.image, model.tiler(), tmp_path)
     floats = static.run_float(
-        "vision", model.parts["vision"], pixels, data, tmp_path, lambda *_: None
+        "vision", model.parts["vision"], pixels, tiles, tmp_path, lambda *_: None
     )
     limits = set(floats.ranges.limits[method].values())
     assert limits != set(floats.ranges.limits["minmax"].values())
@@ -283,7 +283,8 @@ def test_the_error_in_the_manifest_is_that_of_the_held_out_pictures(
     exact = Bundle(bundle("siglip-qwen2"))
     _, model, _ = read_model(checkpoint("siglip-qwen2"))
     data = load(folder)
-    pixels = static.pixels(data, model.image, tmp_path)[list(data.held_out)]
+    every, tiles = static.pixels(data, model.image, model.tiler(), tmp_path)
+    pixels = every[tiles.held_out]
     inputs = list(pixels[:, None])  # each part is measured on the float outputs of the one before
     said = made.manifest.calibration
     for part, feed in (("vision", "pixel_values"), ("connector", "features")):

@@ -100,7 +100,7 @@ def test_another_image_in_the_same_place_is_another_prefix(
     first = ask(model.chat(), fresh, "what is this?", pictures["wide.png"])
     second = ask(model.chat(), fresh, "what is this?", pictures["tall.png"])
     third = ask(model.chat(), fresh, "what is this?", pictures["tall.png"])
-    places = model.manifest.prompt.tokens_per_image
+    places = model.manifest.tiling.tile_tokens
     assert first.prompt_tokens - 10 < second.timings.prefilled_tokens + places
     assert second.timings.prefilled_tokens > places
     assert third.timings.prefilled_tokens == 1  # all but the last position, whose logits are wanted

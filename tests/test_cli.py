@@ -41,6 +41,7 @@ class Answer:
     """A Stream that says two pieces."""
 
     pieces: Sequence[str] = ("a red ", "circle")
+    pictures: Sequence[Any] = ()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.pieces)

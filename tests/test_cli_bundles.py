@@ -96,7 +96,7 @@ def test_info_says_what_is_in_a_bundle(bundle: Callable[..., Path]) -> None:
     facts = json.loads(vlm("info", str(folder), "--json", "--image-size", "640x480").stdout)
     assert facts["architecture"] == "llava"
     assert facts["precisions"] == {"vision": "int8", "connector": "int8", "llm": "int8"}
-    assert facts["image"] == {"width": 640, "height": 480, "tokens": 9}
+    assert facts["image"]["tokens"] == 9  # tests/test_cli_tiling.py has the rest
     files = [p for p in folder.iterdir() if p.name != "manifest.json"]
     assert facts["size"] == sum(p.stat().st_size for p in files) == sum(facts["sizes"].values())
     assert min(facts["sizes"].values()) > 0

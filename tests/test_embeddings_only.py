@@ -24,6 +24,7 @@ def test_embeddings_as_features(
     edit_json(folder / "config.json", "vision_feature_layer", [0])
     export(folder, tmp_path / "b", precision=PrecisionPlan.uniform(precision))
     with VLM.load(tmp_path / "b") as vlm:
-        features = vlm.vision.run({"pixel_values": vlm.pixels(pictures["wide.png"])})["features"]
+        (wide,) = vlm.build_prompt("<image>", [pictures["wide.png"]], False).pictures
+        features = vlm.vision.run({"pixel_values": vlm.pixels(wide)})["features"]
         assert np.isfinite(features).all()
         assert vlm.generate("<image>", [pictures["wide.png"]], False, max_new_tokens=2).token_ids

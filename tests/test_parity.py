@@ -48,6 +48,7 @@ def both(
     return expected, result
 
 
+@pytest.mark.verifies("llava", "greedy tokens")
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_tokens_are_those_of_transformers(
@@ -72,6 +73,7 @@ def logits(vlm: Any, prompt: str, images: Sequence[Path]) -> np.ndarray:
     return vlm.decoder.prefill(vlm.embed(vlm.build_prompt(prompt, images, False))).copy()
 
 
+@pytest.mark.verifies("llava", "prefill logits")
 @pytest.mark.parametrize("prompt", ["two images", "long"])
 @pytest.mark.parametrize("case", CASES)
 def test_prefill_logits_are_those_of_transformers(
@@ -90,6 +92,7 @@ def test_prefill_logits_are_those_of_transformers(
     )
 
 
+@pytest.mark.verifies("llava", "pixels")
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize(
     "case",
@@ -107,6 +110,7 @@ def test_pixels_of_every_kind_of_picture(
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.verifies("llava", "greedy tokens")
 @pytest.mark.parametrize("name", SIZES)
 def test_tokens_for_every_kind_of_picture(
     name: str,
@@ -120,6 +124,7 @@ def test_tokens_for_every_kind_of_picture(
     assert list(result.token_ids) == expected.token_ids
 
 
+@pytest.mark.verifies("llava", "token ids")
 @pytest.mark.parametrize("case", ["clip-llama", "clip-mistral-v4", "siglip-qwen2"])
 def test_chat_template_gives_the_prompt_of_the_processor(
     case: str,

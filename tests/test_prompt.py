@@ -17,13 +17,19 @@ from vlm_edge.errors import (
     ImageUnreadable,
     PromptError,
     TemplateError,
+    TilesTooMany,
     VisualTokenMismatch,
 )
 from vlm_edge.runtime.manifest import PromptSettings
 from vlm_edge.runtime.prompt import BuiltPrompt, build_prompt
 from vlm_edge.runtime.template import ChatTemplate
+from vlm_edge.runtime.tiling.anyres import AnyResTiler
+from vlm_edge.runtime.tiling.plan import TileLimits, Tiler
+from vlm_edge.runtime.tiling.settings import AnyRes, SingleTile
+from vlm_edge.runtime.tiling.single import SingleTiler
 
 PLACES = 9  # 3 x 3 patches; "default" drops the class token that num_additional_image_tokens counts
+ONE_TILE = SingleTiler(SingleTile("single", PLACES))
 
 TEMPLATES = {
     "vicuna": (  # llava-hf/llava-1.5-7b-hf
@@ -83,13 +89,14 @@ class Side:
         self.tokenizer = opened(core, folder)
         image = self.tokenizer.token_to_id("<image>")
         assert image is not None
-        self.settings = PromptSettings("<image>", image, PLACES, None, named)
+        self.settings = PromptSettings("<image>", image, None, named)
         self.template = ChatTemplate(template, named) if template else None
 
     def ours(self, prompt: Any, images: Any = (), template: bool = True) -> BuiltPrompt:
         return build_prompt(
-            prompt, images, self.settings, self.tokenizer, self.template, use_template=template
-        )
+            prompt, images, self.settings, self.tokenizer, self.template, ONE_TILE,
+            use_template=template,
+        )  # fmt: skip
 
     def expected(self, messages: list[dict[str, Any]]) -> list[int]:
         found = self.theirs.apply_chat_template(
@@ -129,6 +136,10 @@ def png(value: int = 0) -> bytes:
     return data.getvalue()
 
 
+def pixels(built: BuiltPrompt) -> list[Image.Image]:
+    return [picture.decoded.image for picture in built.pictures]
+
+
 A, B = picture(1), picture(2)
 PARTS = ["vicuna", "mistral", "chatml"]
 TURNS = [
@@ -154,8 +165,8 @@ def test_messages_equal_transformers(
 ) -> None:
     found = sides[kind].ours(turns)
     assert found.token_ids == sides[kind].expected(turns)
-    assert found.images == ([A, B] if len(turns) > 1 else [])
-    assert found.visual_tokens == [PLACES] * len(found.images)
+    assert pixels(found) == ([A, B] if len(turns) > 1 else [])
+    assert found.visual_tokens == PLACES * len(found.pictures)
     assert found.text == sides[kind].theirs.apply_chat_template(turns, add_generation_prompt=True)
 
 
@@ -166,7 +177,7 @@ def test_a_text_with_images_is_one_user_message(kind: str, sides: dict[str, Side
     expected = sides[kind].expected([{"role": "user", "content": content}])
     found = sides[kind].ours("Compare them.", [A, B])
     assert found.token_ids == expected
-    assert found.images == [A, B]
+    assert pixels(found) == [A, B]
     assert sides[kind].ours("Compare them.", [A, B]).token_ids == expected
     alone = sides[kind].expected([{"role": "user", "content": content[:1]}])
     assert sides[kind].ours("", A).token_ids == alone  # one image, not in a list
@@ -187,7 +198,7 @@ def test_texts_and_images_in_turn(kind: str, sides: dict[str, Side], tmp_path: P
     for last in (path, {"image": str(path)}, path.read_bytes()):
         found = sides[kind].ours(["What differs between", A, "and", last, "?"])
         assert found.token_ids == expected
-        assert len(found.images) == 2
+        assert len(found.pictures) == 2
     found = sides[kind].ours(["What is", A, "?"], template=False)
     assert found.token_ids == sides[kind].expected_raw("What is<image>?", [A])
 
@@ -251,42 +262,90 @@ def test_openai_messages(sides: dict[str, Side], tmp_path: Path) -> None:
     path.write_bytes(png(3))
     data = base64.b64encode(png(4)).decode()
     for address, expected in [
-        (f"data:image/png;base64,{data}", png(4)),
-        (str(path), str(path)),
-        (path.as_uri(), path),
+        (f"data:image/png;base64,{data}", picture(4)),
+        (str(path), picture(3)),
+        (path.as_uri(), picture(3)),
     ]:
         part = {"type": "image_url", "image_url": {"url": address, "detail": "low"}}
         turns = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
         found = sides["vicuna"].ours(turns)
-        assert found.images == [expected]
+        assert pixels(found) == [expected]
         assert found.token_ids == sides["vicuna"].ours("What?", [A]).token_ids
         part["image_url"] = address
-        assert sides["vicuna"].ours(turns).images == [expected]
+        assert pixels(sides["vicuna"].ours(turns)) == [expected]
 
 
-def test_parts_without_a_source_take_images_in_order(sides: dict[str, Side]) -> None:
+def test_parts_without_a_source_take_images_in_order(
+    sides: dict[str, Side], tmp_path: Path
+) -> None:
+    path = tmp_path / "c.png"
+    path.write_bytes(png(5))
     content = [
         {"type": "image"},
         {"type": "image", "base64": base64.b64encode(png()).decode()},
-        {"type": "image", "path": "c.png"},
+        {"type": "image", "path": str(path)},
         {"type": "image"},
         {"type": "text", "text": "?"},
     ]
     turns = [{"role": "user", "content": content}]
-    assert sides["vicuna"].ours(turns, [A, B]).images == [A, png(), "c.png", B]
+    found = sides["vicuna"].ours(turns, [A, B])
+    assert pixels(found) == [A, picture(), picture(5), B]
     for images in ([A], [A, B, A]):
         with pytest.raises(ImageCountMismatch):
             sides["vicuna"].ours(turns, images)
 
 
-@pytest.mark.parametrize("count", [4, lambda image: 2 if image is A else 5])
-def test_tokens_of_each_image(count: Any, sides: dict[str, Side]) -> None:
+TALL = Image.new("RGB", (20, 55))
+ANYRES = AnyResTiler(
+    AnyRes("anyres", (3, 3), ((30, 60), (60, 30), (60, 60)), (30, 30), "bicubic", "n.npy"), (30, 30)
+)
+
+
+@pytest.mark.parametrize(
+    ("tiler", "limits", "counts"),
+    [
+        (SingleTiler(SingleTile("single", 4)), TileLimits(), [4, 4]),
+        # Overview, detail and newlines. TALL in 60 x 30: 6 rows of 3 (its 2.18 columns leave less than
+        # a column of padding on each side); A in 60 x 60: 6 rows of 4 (its width is 4.95 columns).
+        (ANYRES, TileLimits(), [9 + 6 * 3 + 6, 9 + 6 * 4 + 6]),
+        (ANYRES, TileLimits(max_tiles=3), [9 + 6 * 3 + 6, 9 + 4 * 3 + 4]),
+        (ANYRES, TileLimits(max_tiles=1), [9 + 1, 9 + 1]),
+    ],
+)
+def test_places_of_each_image(
+    tiler: Tiler, limits: TileLimits, counts: list[int], sides: dict[str, Side]
+) -> None:
     side = sides["vicuna"]
     found = build_prompt(
-        "Hi", [A, B], side.settings, side.tokenizer, side.template, tokens_per_image=count
+        "Hi", [TALL, A], side.settings, side.tokenizer, side.template, tiler, limits=limits
     )
-    assert found.visual_tokens == ([4, 4] if count == 4 else [2, 5])
-    assert found.token_ids.count(side.settings.image_token_id) == sum(found.visual_tokens)
+    assert [picture.plan.tokens for picture in found.pictures] == counts
+    assert found.visual_tokens == sum(counts)
+    image = side.settings.image_token_id
+    assert found.token_ids.count(image) == sum(counts)
+    begin = found.token_ids.index(image)  # the template's newline stands between the two
+    assert found.token_ids[begin : begin + counts[0]] == [image] * counts[0]
+    assert found.token_ids[begin + counts[0]] != image
+
+
+def test_limits_that_cannot_be_kept(sides: dict[str, Side]) -> None:
+    side = sides["vicuna"]
+    with pytest.raises(TilesTooMany, match="max_visual_tokens = 8 cannot be kept: .* at least 9"):
+        build_prompt(
+            "Hi", [A], side.settings, side.tokenizer, side.template, ONE_TILE,
+            limits=TileLimits(max_visual_tokens=8),
+        )  # fmt: skip
+
+
+def test_a_mismatch_names_every_term(sides: dict[str, Side]) -> None:
+    """Overview, tiles and newlines of each picture."""
+    side = sides["none"]
+    settings = PromptSettings("[img]", 3, None, {})
+    with pytest.raises(VisualTokenMismatch, match=r"expected 63 = 9 \+ 24 \+ 6 \+ 9 \+ 12 \+ 3 visual"):
+        build_prompt(
+            "[img] x [img]", [A, Image.new("RGB", (9, 9))], settings, side.tokenizer, None, ANYRES,
+            use_template=False,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("prompt", ["", " \n", [], [" "], [{"role": "user", "content": []}]])
@@ -312,9 +371,9 @@ def test_counts_must_agree(sides: dict[str, Side]) -> None:
 
 def test_a_placeholder_that_is_no_token(sides: dict[str, Side]) -> None:
     side = sides["none"]
-    settings = PromptSettings("[img]", 3, PLACES, None, {})
+    settings = PromptSettings("[img]", 3, None, {})
     with pytest.raises(VisualTokenMismatch):
-        build_prompt("[img] x", [A], settings, side.tokenizer, None, use_template=False)
+        build_prompt("[img] x", [A], settings, side.tokenizer, None, ONE_TILE, use_template=False)
 
 
 def test_template_errors(sides: dict[str, Side]) -> None:

@@ -230,7 +230,7 @@ def odd_int4(path: Path) -> Path:
     """x [rows, 35] @ an INT4 weight of 35 x 33: an odd number of half bytes."""
     from small_graph import ref, write_product
 
-    from vlm_edge.export.quantizers import WeightOnly
+    from vlm_edge.export.quantizers.weight_only import WeightOnly
 
     weight = np.random.default_rng(0).standard_normal((33, 35)).astype(np.float32)
     return write_product(path, WeightOnly(4, 32).product("layer", ref(weight)), 35, 33)

@@ -75,9 +75,10 @@ def test_the_keys_of_the_cache_are_what_went_through_the_decoder(
     result = model.generate(QUESTION, [picture], max_new_tokens=count, ignore_eos=True)
     ids = np.array([*model.build_prompt(QUESTION, [picture]).token_ids, *result.token_ids[:-1]])
     assert model.decoder.length == len(model._cached) == len(ids)
+    cached = np.array(model._cached)
     visual = ids == model.manifest.prompt.image_token_id
-    np.testing.assert_array_equal(model._cached[~visual], ids[~visual])
-    assert (model._cached[visual] < 0).all()
+    np.testing.assert_array_equal(cached[~visual], ids[~visual])
+    assert (cached[visual] < 0).all()
 
 
 def test_another_stream_in_between_is_refused(model: VLM) -> None:

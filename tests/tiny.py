@@ -44,6 +44,7 @@ DINO_IMAGES = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width
 class Tiny:
     """One checkpoint: what differs from the sizes above, and how its files are written."""
 
+    family: Literal["llava", "llava_next"] = "llava"
     vision: Literal["clip", "siglip", "dinov2"] = "clip"
     vision_args: dict[str, Any] = field(default_factory=dict)
     text: Literal["llama", "mistral", "qwen2"] = "llama"
@@ -54,6 +55,7 @@ class Tiny:
     projector_act: str = "gelu"
     processor: str = "CLIPImageProcessor"
     images: dict[str, Any] = field(default_factory=lambda: dict(CLIP_IMAGES))
+    pinpoints: list[list[int]] | None = None  # of LLaVA-NeXT
     tokenizer: Literal["pieces", "bytes"] = "pieces"
     template: str | None = None  # of tokens.CHAT_TEMPLATES; None: the tokenizer's
     generation: dict[str, Any] = field(default_factory=dict)
@@ -135,16 +137,22 @@ CASES: dict[str, Tiny] = {
 }  # fmt: skip
 
 
-def build(name: str, folder: Path, spec: Tiny | None = None) -> Path:
-    """Write the checkpoint `name` of CASES (or `spec`, with the seed of `name`) into `folder`."""
-    import torch
-    from transformers import LlavaForConditionalGeneration
+# family -> what transformers' classes begin with
+CLASSES = {"llava": "Llava", "llava_next": "LlavaNext"}
 
-    spec = spec or CASES[name]
+
+def build(name: str, folder: Path, spec: Tiny | None = None) -> Path:
+    """Write the checkpoint `name` of CASES or tiny_next.CASES (or `spec`, with the seed of `name`) into
+    `folder`."""
+    import tiny_next
+    import torch
+    import transformers
+
+    spec = spec or {**CASES, **tiny_next.CASES}[name]
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_of(spec.tokenizer)
     config = config_of(spec, tokenizer)
-    model = LlavaForConditionalGeneration(config)
+    model = getattr(transformers, f"{CLASSES[spec.family]}ForConditionalGeneration")(config)
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + spec.salt)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
@@ -167,7 +175,7 @@ def build(name: str, folder: Path, spec: Tiny | None = None) -> Path:
 
 
 def config_of(spec: Tiny, tokenizer: Any) -> Any:
-    """The LlavaConfig of a case."""
+    """The LlavaConfig or LlavaNextConfig of a case."""
     import transformers
 
     vision_class = {"clip": "CLIPVisionConfig", "siglip": "SiglipVisionConfig",
@@ -179,7 +187,8 @@ def config_of(spec: Tiny, tokenizer: Any) -> Any:
         eos_token_id=tokenizer.eos_token_id,
         **{**TEXT, **spec.text_args},
     )
-    return transformers.LlavaConfig(
+    tiling = {} if spec.pinpoints is None else {"image_grid_pinpoints": spec.pinpoints}
+    return getattr(transformers, f"{CLASSES[spec.family]}Config")(
         vision_config=getattr(transformers, vision_class)(
             **{**VISION[spec.vision], **spec.vision_args}
         ),
@@ -190,6 +199,7 @@ def config_of(spec: Tiny, tokenizer: Any) -> Any:
         multimodal_projector_bias=spec.projector_bias,
         projector_hidden_act=spec.projector_act,
         tie_word_embeddings=text.tie_word_embeddings,
+        **tiling,
     )
 
 
@@ -204,6 +214,8 @@ def draw(name: str, shape: Any, generator: Any) -> Any:
     noise = torch.randn(shape, generator=generator)
     if name.endswith("bias"):
         return 0.3 * noise
+    if "image_newline" in name:
+        return noise
     if len(shape) == 1 and "class_embedding" not in name:  # norms, layer scales
         return 1 + 0.4 * noise
     if "lm_head" in name:
@@ -217,11 +229,12 @@ def draw(name: str, shape: Any, generator: Any) -> Any:
 
 
 def processor_of(spec: Tiny, tokenizer: Any) -> Any:
-    """The LlavaProcessor of a case: its image processor, its tokenizer and a chat template."""
+    """The processor of a case: its image processor, its tokenizer and a chat template."""
     import transformers
 
-    return transformers.LlavaProcessor(
-        image_processor=getattr(transformers, spec.processor + "Pil")(**spec.images),
+    tiling = {} if spec.pinpoints is None else {"image_grid_pinpoints": spec.pinpoints}
+    return getattr(transformers, f"{CLASSES[spec.family]}Processor")(
+        image_processor=getattr(transformers, spec.processor + "Pil")(**spec.images, **tiling),
         tokenizer=tokenizer,
         patch_size={**VISION[spec.vision], **spec.vision_args}["patch_size"],
         vision_feature_select_strategy=spec.strategy,

@@ -28,17 +28,33 @@ CHAT_TEMPLATES = {
         "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     ),
+    "smolvlm": (  # as SmolVLM
+        "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+        "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+        "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+        "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+        "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    ),
 }
+SMOLVLM = ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+SMOLVLM_PLACES = ["<global-img>", *(f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7))]
 
 
 def tokenizer_of(kind: str) -> Any:
-    """A PreTrainedTokenizerFast of about 300 tokens; `kind` is "pieces" or "bytes"."""
+    """A PreTrainedTokenizerFast of about 300 tokens; `kind` is "pieces", "bytes", "smolvlm", or
+    "smolvlm-bare", which spells places of tiles as text."""
     from transformers import PreTrainedTokenizerFast
 
     if kind == "pieces":
         return PreTrainedTokenizerFast(
             tokenizer_object=_pieces(), bos_token="<s>", eos_token="</s>", unk_token="<unk>",
             additional_special_tokens=["<image>"], clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+    if kind.startswith("smolvlm"):
+        return PreTrainedTokenizerFast(
+            tokenizer_object=_bytes(), bos_token="<|im_start|>", eos_token="<end_of_utterance>",
+            pad_token="<|im_end|>", clean_up_tokenization_spaces=False,
+            additional_special_tokens=[*SMOLVLM, *([] if "bare" in kind else SMOLVLM_PLACES)],
         )  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=_bytes(), eos_token="<|im_end|>", pad_token="<|endoftext|>",

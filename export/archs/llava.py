@@ -5,6 +5,8 @@ Reference: transformers' LlavaForConditionalGeneration and LlavaProcessor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from vlm_edge.errors import UnsupportedConfig
@@ -24,14 +26,15 @@ from vlm_edge.export.processor import Processor
 from vlm_edge.export.prompt_files import PromptFiles
 from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.export.vision import tower
-from vlm_edge.runtime.manifest import CacheDtype, PromptSettings, TensorSpec, Tiling
+from vlm_edge.runtime.manifest import CacheDtype, PromptSettings, TensorSpec
+from vlm_edge.runtime.tiling.settings import SingleTile, Tiling
 
 MODEL_TYPES = ("llava",)
 
 # transformers <= 4.51 wrote `language_model.model.*` and `vision_tower.vision_model.*`, later ones
 # `model.language_model.*`; version 5 reads all and writes the first without `vision_model`.
 RENAMES = (
-    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.)", ""),
+    (r"^model\.(?=language_model\.|vision_tower\.|multi_modal_projector\.|image_newline$)", ""),
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "language_model."),
     *tower.RENAMES,
@@ -52,6 +55,32 @@ def read(
     Raises:
         CheckpointError: config.json, the processor or a tensor is not what LLaVA needs.
     """
+
+    def tiling(vision: tower.TowerSettings) -> Tiling:
+        if processor.pinpoints is not None or processor.split is not None:
+            raise UnsupportedConfig(
+                "image_processor_type",
+                processor.image_processor_type,
+                "LLaVA sees one tile; tiles need config.json's model_type llava_next",
+            )
+        return SingleTile("single", vision.tokens)
+
+    return assemble("llava", tiling, checkpoint, processor, prompt, cache_dtype)
+
+
+def assemble(
+    architecture: str,
+    tiling: Callable[[tower.TowerSettings], Tiling],
+    checkpoint: Checkpoint,
+    processor: Processor,
+    prompt: PromptFiles,
+    cache_dtype: CacheDtype,
+) -> Model:
+    """What the LLaVA family shares: encoder, projector, language model and image token.
+
+    Args:
+        tiling: from what the encoder makes of a tile; reads and checks the family member's own keys.
+    """
     config, weights = checkpoint.config, Weights(checkpoint)
     refuse_quantized(config)
     image = processor.image
@@ -59,8 +88,10 @@ def read(
     text = config.sub("text_config")
     decoder = llama.read(text, cache_dtype)
     tied = config.flag("tie_word_embeddings", False) or decoder.tied
-    settings = _prompt(config, processor, prompt, vision.tokens)
+    _check_places(processor, vision.tokens)
+    settings = prompt_settings(config, prompt)
     projector = mlp.read(config, vision.width, decoder.width)
+    tiles = tiling(vision)
     config.get("vocab_size")  # LLaVA-1.5 repeats text_config's, which is the one that counts
     config.finish()
 
@@ -89,7 +120,7 @@ def read(
         return build("llm", llm_io, lambda op, x: run_decoder(module, op, x, decoder))
 
     return Model(
-        architecture="llava",
+        architecture=architecture,
         parts={
             "vision": Part(vision_io, build_vision),
             "connector": Part(connector_io, build_connector),
@@ -103,34 +134,41 @@ def read(
         },
         embeddings=table.tensor("weight", decoder.vocab_size, decoder.width),
         image=image,
-        tiling=Tiling("single"),
+        tiling=tiles,
         prompt=settings,
         decoder=decoder_settings(decoder),
+        grid=vision.grid,
     )
 
 
-def _prompt(
-    config: Config, processor: Processor, prompt: PromptFiles, features: int
-) -> PromptSettings:
-    """The places an image takes in the prompt, counted as LlavaProcessor does.
+def _check_places(processor: Processor, features: int) -> None:
+    """The places a tile takes in the prompt, counted as LlavaProcessor does.
 
     Raises:
-        UnsupportedConfig: the processor would make another number of places than there are features.
+        UnsupportedConfig: they are not as many as there are features.
     """
-    places = features
     patch, strategy = processor.patch_size, processor.vision_feature_select_strategy
-    if patch is not None and strategy is not None:
-        # Processors saved before 4.46 have neither key; the model's own count holds for them.
-        rows, columns = processor.image.height // patch, processor.image.width // patch
-        extra = processor.num_additional_image_tokens or 0
-        places = rows * columns + extra - (strategy == "default")
-        if places != features:
-            raise UnsupportedConfig(
-                "processor.num_additional_image_tokens",
-                extra,
-                f"the processor makes {places} = {rows * columns} + {extra} - {int(strategy == 'default')} "
-                f"places for an image, the encoder {features} features",
-            )
+    if patch is None or strategy is None:
+        return  # processors saved before 4.46 have neither key; the model's own count holds for them
+    rows, columns = processor.image.height // patch, processor.image.width // patch
+    extra = processor.num_additional_image_tokens or 0
+    dropped = int(strategy == "default")
+    places = rows * columns + extra - dropped
+    if places != features:
+        raise UnsupportedConfig(
+            "processor.num_additional_image_tokens",
+            extra,
+            f"the processor makes {places} = {rows * columns} + {extra} - {dropped} places for a tile, "
+            f"the encoder {features} features",
+        )
+
+
+def prompt_settings(config: Config, prompt: PromptFiles) -> PromptSettings:
+    """The image token, which config.json and the tokenizer must agree on.
+
+    Raises:
+        UnsupportedConfig: they do not.
+    """
     token, found = prompt.image_token, prompt.image_token_id
     index = config.get("image_token_index", config.get("image_token_id", 32000))
     config.get("image_token_id")
@@ -141,7 +179,6 @@ def _prompt(
     return PromptSettings(
         image_token=token,
         image_token_id=index,
-        tokens_per_image=places,
         chat_template="chat_template.jinja" if prompt.chat_template else None,
         special_tokens=dict(prompt.special_tokens),
     )

@@ -50,10 +50,17 @@ class VisionSettings:
 
 
 def read_sizes(
-    config: Config, *, hidden: int, patch: int, epsilon: float, act: str
+    config: Config,
+    *,
+    hidden: int,
+    patch: int,
+    epsilon: float,
+    act: str,
+    width: int = 768,
+    heads: int = 12,
 ) -> VisionSettings:
-    """The keys that all encoders have; `patch`, `epsilon` and `act` are the model type's defaults
-    (the ViTs we read share the others: ViT-B at 224 px).
+    """The keys that all encoders have; the others are the model type's defaults (most ViTs we read are
+    a ViT-B at 224 px where their config says nothing).
 
     Raises:
         UnsupportedConfig: a size that is not a positive integer, heads that do not divide the width,
@@ -61,10 +68,10 @@ def read_sizes(
     """
     config.only("num_channels", 3, 3, "images have three channels here")
     settings = VisionSettings(
-        width=config.size("hidden_size", 768),
+        width=config.size("hidden_size", width),
         hidden=hidden,
         layers=config.size("num_hidden_layers", 12),
-        heads=config.size("num_attention_heads", 12),
+        heads=config.size("num_attention_heads", heads),
         patch=config.size("patch_size", patch),
         image=config.size("image_size", 224),
         epsilon=config.number("layer_norm_eps", epsilon),

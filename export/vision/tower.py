@@ -44,6 +44,15 @@ class TowerSettings:
         return self.encoder.patches + extra - self.drop_first
 
     @property
+    def grid(self) -> tuple[int, int] | None:
+        """Features of one tile, down and across; None where they are not its patches alone, or the tile
+        has so many pixels beyond its patches that a patch's size does not follow from the grid."""
+        encoder = self.encoder
+        (rows, columns), patch = encoder.grid, encoder.patch
+        exact = (encoder.height // rows, encoder.breadth // columns) == (patch, patch)
+        return encoder.grid if self.tokens == encoder.patches and exact else None
+
+    @property
     def width(self) -> int:
         return self.encoder.width * len(self.layers)
 

@@ -158,6 +158,25 @@ class ImageTooLarge(ImageError):
         super().__init__(f"image {image} has {found}, the limit is {limit}; scale it down first")
 
 
+class ImageTooNarrow(ImageError):
+    """So much longer than wide, or wider than high, that scaled into a tile nothing would be left."""
+
+    def __init__(self, width: int, height: int) -> None:
+        super().__init__(
+            f"a picture of {width}x{height} pixels is too narrow: scaled into the model's tiles its short "
+            "side would vanish; cut it into pieces first"
+        )
+
+
+class TilesTooMany(ImageError):
+    """A bound on tiles or visual tokens that the model cannot keep."""
+
+    def __init__(self, picture: str, bound: str, asked: int, least: int) -> None:
+        super().__init__(
+            f"{bound} = {asked} cannot be kept: this model makes at least {least} of a {picture} picture"
+        )
+
+
 # -- prompts --------------------------------------------------------------------------------
 
 
@@ -184,10 +203,10 @@ class ImageCountMismatch(PromptError):
 class VisualTokenMismatch(PromptError):
     """The prompt's visual places and the connector's visual tokens differ in number."""
 
-    def __init__(self, places: int, tokens: int, terms: Sequence[int]) -> None:
+    def __init__(self, places: int, terms: Sequence[int]) -> None:
+        summands = " + ".join(map(str, terms)) or "0"
         super().__init__(
-            f"the prompt has {places} visual places but the images give {tokens} visual tokens "
-            f"({tokens} = {' + '.join(map(str, terms)) or '0'})"
+            f"the prompt has {places} visual places, expected {sum(terms)} = {summands} visual tokens"
         )
 
 

@@ -52,6 +52,7 @@ from vlm_edge.cli.guard import Command
     metavar="FILE",
     help="Also write the figures to FILE; - is stdout, without the table.",
 )
+@options.tile_limits
 @options.device
 @options.threads
 def bench(

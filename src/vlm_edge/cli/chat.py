@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vlm_edge.cli import tiling
 from vlm_edge.errors import VlmEdgeError
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def converse(vlm: VLM, images: Sequence[str], system: str | None, settings: dict
             failed = True
         else:
             try:
-                for piece in chat.stream(line, images=tuple(waiting), **settings):
+                stream = chat.stream(line, images=tuple(waiting), **settings)
+                tiling.report(vlm, stream.pictures[len(stream.pictures) - len(waiting) :])
+                for piece in stream:
                     click.echo(piece, nl=False)
                 click.echo()
             except VlmEdgeError as error:

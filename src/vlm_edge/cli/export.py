@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from vlm_edge.export.pipeline import ExportReport
     from vlm_edge.export.precision import PrecisionPlan
     from vlm_edge.runtime.manifest import CacheDtype
+    from vlm_edge.runtime.tiling.settings import Merge
 
 DEMO_ARCH = "llava"
-# As export/static.py and runtime/manifest.py have them (tests say so); importing them here would slow
-# every command's start.
+# As export/static.py, runtime/manifest.py and runtime/tiling have them (tests say so); importing them
+# here would slow every command's start.
 CACHES = ("float32", "int8")
+MERGES = ("crop", "average", "keep")
 METHODS = ("auto", "minmax", "average", "percentile", "entropy", "mse", "smooth-65", "smooth-80")
 
 
@@ -80,6 +82,24 @@ METHODS = ("auto", "minmax", "average", "percentile", "entropy", "mse", "smooth-
     help="How the language model keeps the keys and values of earlier tokens; int8 takes a quarter of "
     "the memory.",
 )
+@click.option(
+    "--tiling",
+    metavar="ROWSxCOLUMNS",
+    help="Show a model that sees one tile an overview and so many overlapping tiles, such as 2x2.",
+)
+@click.option(
+    "--overlap",
+    type=float,
+    metavar="SHARE",
+    help="With --tiling: of a tile's side that neighbours share, 0 to 0.9; rounded to whole tokens.  "
+    "[default: 0.25]",
+)
+@click.option(
+    "--merge",
+    type=click.Choice(MERGES),
+    help="With --tiling: a place that several tiles show has the token of the tile it lies deepest in "
+    "(crop), the mean of all (average), or all of them (keep).  [default: crop]",
+)
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 def export(
     source: str | None,
@@ -93,6 +113,9 @@ def export(
     max_error: float | None,
     budget: float | None,
     kv_cache: CacheDtype,
+    tiling: str | None,
+    overlap: float | None,
+    merge: Merge | None,
     revision: str | None,
 ) -> None:
     """Export SOURCE to a bundle: one engine per part, tokenizer and manifest.
@@ -106,9 +129,15 @@ def export(
     if int8 + int4 + (precision is not None) > 1:
         raise click.UsageError("--int8, --int4 and --precision exclude each other: give one")
 
+    if tiling is None and (overlap is not None or merge is not None):
+        raise click.UsageError("--overlap and --merge belong to --tiling: give it too, such as 2x2")
+
     from vlm_edge.export.pipeline import export as export_bundle
     from vlm_edge.export.precision import Budgets, PrecisionPlan
+    from vlm_edge.export.tiling import MERGE, OVERLAP, OverlapOrder
 
+    share = OVERLAP if overlap is None else overlap
+    order = None if tiling is None else OverlapOrder.parse(tiling, share, merge or MERGE)
     uniform = PrecisionPlan.uniform("int8" if int8 else "int4" if int4 else "fp32")
     plan = PrecisionPlan.parse(precision) if precision is not None else uniform
     with options.progress_bars() as progress:
@@ -123,6 +152,7 @@ def export(
             revision=revision,
             budgets=Budgets(max_error, budget),
             cache_dtype=kv_cache,
+            tiling=order,
         )
     show(report)
 
@@ -147,6 +177,8 @@ def show(report: ExportReport) -> None:
     """The closing table, and how to go on."""
     from rich.table import Table
 
+    from vlm_edge.export.tiling import sentence
+
     table = Table("part", "precision")
     table.add_column("MB", justify="right")
     table.add_column("error of quantization")
@@ -160,6 +192,8 @@ def show(report: ExportReport) -> None:
     console.print(table)
     if any(found.get("layers") for found in report.errors.values()):
         console.print(layers.by_kind(report.errors))
+    if report.tiling.kind == "overlap":
+        console.print(f"tiling: {sentence(report.tiling)}")
     memory = f", {report.peak_rss_anon / 1e6:,.0f} MB of memory" if report.peak_rss_anon else ""
     console.print(f"{report.architecture} exported in {report.seconds:.1f} s{memory}")
     for warning in report.warnings:

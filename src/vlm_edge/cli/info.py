@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vlm_edge.cli import layers as tables
-from vlm_edge.cli import options
+from vlm_edge.cli import options, tiling
 from vlm_edge.cli.guard import Command
 
 if TYPE_CHECKING:
@@ -33,15 +33,40 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 
 @click.command(cls=Command, short_help="Say what is in a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--image-size", type=ImageSize(), help="Also the tokens that such an image takes.")
+@click.option(
+    "--image-size",
+    type=ImageSize(),
+    help="Also the tiles and tokens that such an image becomes, with a drawing.",
+)
+@options.tile_limits
 @click.option("--layers", is_flag=True, help="Also every measured layer: precision, error, time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def info(bundle: Path, image_size: tuple[int, int] | None, layers: bool, as_json: bool) -> None:
+def info(
+    bundle: Path,
+    image_size: tuple[int, int] | None,
+    max_tiles: int | None,
+    max_visual_tokens: int | None,
+    layers: bool,
+    as_json: bool,
+) -> None:
     """Say what BUNDLE holds: architecture, parts, precisions, sizes, tokens and context."""
+    if image_size is None and (max_tiles is not None or max_visual_tokens is not None):
+        raise click.UsageError("--max-tiles and --max-visual-tokens need --image-size here")
+
     from vlm_edge.runtime.manifest import read_manifest
+    from vlm_edge.runtime.tiling import TileLimits, tiler
 
     manifest = read_manifest(bundle)
-    facts = describe(bundle, manifest, image_size)
+    facts = describe(bundle, manifest)
+    drawing = ""
+    if image_size is not None:
+        from vlm_edge.runtime.tiling.draw import draw
+
+        made = tiler(manifest.tiling, (manifest.image.height, manifest.image.width))
+        plan = made.plan(*image_size, TileLimits(max_tiles, max_visual_tokens))
+        unlimited = made.plan(*image_size)
+        facts["image"] = tiling.facts(plan, unlimited)
+        drawing = f"{tiling.sentences(plan, unlimited)}\n\n{draw(plan, manifest.image)}"
     parts = (manifest.calibration or {}).get("parts", {})
     if layers:
         facts["measured"] = {name: part.get("layers", {}) for name, part in parts.items()}
@@ -49,21 +74,21 @@ def info(bundle: Path, image_size: tuple[int, int] | None, layers: bool, as_json
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
         return
     show(facts)
+    if drawing:
+        click.echo(f"\n{drawing}")
     if layers and any(facts["measured"].values()):
         options.console().print(tables.one_by_one(parts))
     elif layers:
         click.echo("No layer was measured: nothing is quantized, or its weights only.")
 
 
-def describe(
-    bundle: Path, manifest: Manifest, image_size: tuple[int, int] | None
-) -> dict[str, Any]:
+def describe(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     """What `--json` prints; sizes in bytes, files of no engine under `other`."""
     sizes = dict.fromkeys([*manifest.engines, "embeddings", "other"], 0)
     for name, entry in manifest.files.items():
         part = name.partition(".")[0].removesuffix("_scales")  # vision.onnx, vision.cpu.onnx, ...
         sizes[part if part in sizes else "other"] += entry.size
-    facts: dict[str, Any] = {
+    return {
         "bundle": bundle.resolve().name,
         "architecture": manifest.architecture,
         "source": manifest.source.name,
@@ -74,7 +99,8 @@ def describe(
         "sizes": sizes,
         "size": sum(sizes.values()),
         "tile": {"width": manifest.image.width, "height": manifest.image.height},
-        "tokens_per_image": manifest.prompt.tokens_per_image,
+        "tiling": manifest.tiling.kind,
+        "tokens_per_tile": manifest.tiling.tile_tokens,
         "context": manifest.decoder.max_positions,
         "layers": manifest.decoder.layers,
         "cache": {
@@ -85,11 +111,6 @@ def describe(
         "verified": manifest.parity is not None,
         "warnings": (manifest.calibration or {}).get("warnings", []),
     }
-    if image_size is not None:
-        width, height = image_size
-        tokens = manifest.prompt.tokens_per_image  # tiling "single": whatever the size
-        facts["image"] = {"width": width, "height": height, "tokens": tokens}
-    return facts
 
 
 def show(facts: dict[str, Any]) -> None:
@@ -102,14 +123,11 @@ def show(facts: dict[str, Any]) -> None:
         "architecture": facts["architecture"],
         "source": f"{facts['source']} ({facts['source_dtype']})",
         "made by": f"{facts['producer']}, format {facts['format']}",
-        "image": f"{tile['width']}x{tile['height']} pixels, {facts['tokens_per_image']} tokens",
+        "image": f"{tile['width']}x{tile['height']} pixels, {facts['tokens_per_tile']} tokens a tile",
         "context": f"{facts['context']:,} tokens",
         "cache": f"{facts['cache']['bytes_per_token']:,} bytes a token ({facts['cache']['dtype']})",
         "verified": "yes" if facts["verified"] else "no: see `vlm verify`",
     }
-    if "image" in facts:
-        image = facts["image"]
-        rows[f"{image['width']}x{image['height']}"] = f"{image['tokens']} tokens"
     for name, value in rows.items():
         model.add_row(name, value)
 

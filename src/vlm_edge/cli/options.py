@@ -37,6 +37,23 @@ def threads(command: F) -> F:
     )(command)
 
 
+def tile_limits(command: F) -> F:
+    tokens = click.option(
+        "--max-visual-tokens",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Tokens of each picture at most: fewer tiles are made of it where that takes it.",
+    )
+    tiles = click.option(
+        "--max-tiles",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Tiles of each picture at most, its overview among them; a limit that the model cannot "
+        "keep is an error.",
+    )
+    return tiles(tokens(command))
+
+
 def console() -> Console:
     """For tables on stdout; wide where that is no terminal, so that a log's lines do not wrap."""
     from rich.console import Console

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vlm_edge.cli import options
+from vlm_edge.cli import options, tiling
 from vlm_edge.cli.guard import Command
 
 if TYPE_CHECKING:
+    from vlm_edge.runtime.picture import Picture
     from vlm_edge.runtime.vlm import VLM, Result
 
 
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     help="Take the prompt verbatim, with its image placeholders, instead of as a chat message.",
 )
 @click.option("--ignore-eos", is_flag=True, help="Generate --max-new-tokens whatever comes.")
+@options.tile_limits
 @options.device
 @options.threads
 def run(
@@ -77,8 +80,9 @@ def run(
 ) -> None:
     """Ask BUNDLE about the IMAGEs, if any.
 
-    The answer streams to stdout. Without -p, a chat: every line is a question, /image PATH adds a
-    picture to the next one, /reset starts afresh, /exit or Ctrl-D ends it.
+    The answer streams to stdout; where the model tiles, stderr says what each picture becomes. Without
+    -p, a chat: every line is a question, /image PATH adds a picture to the next one, /reset starts
+    afresh, /exit or Ctrl-D ends it.
     """
     if prompt is None and (as_json or no_template):
         flag = "--json" if as_json else "--no-template"
@@ -114,18 +118,19 @@ def answer(
         stream = vlm.stream(prompt, images=images, template=not no_template, **settings)
     else:
         stream = vlm.chat(system=system).stream(prompt, images=images, **settings)
+    tiling.report(vlm, stream.pictures)
     last = ""
     for piece in stream:
         last = piece or last
         if not as_json:
             click.echo(piece, nl=False)
     if as_json:
-        click.echo(json.dumps(as_dict(stream.result, vlm.load_s), ensure_ascii=False))
+        click.echo(json.dumps(as_dict(vlm, stream.result, stream.pictures), ensure_ascii=False))
     elif not last.endswith("\n"):
         click.echo()
 
 
-def as_dict(result: Result, load_s: float) -> dict[str, Any]:
+def as_dict(vlm: VLM, result: Result, pictures: Sequence[Picture]) -> dict[str, Any]:
     """The result as `--json` prints it: times in ms, load_s in seconds."""
     timings = dataclasses.asdict(result.timings)
     timings["prefill_tokens_per_s"] = result.timings.prefill_tokens_per_s
@@ -136,6 +141,7 @@ def as_dict(result: Result, load_s: float) -> dict[str, Any]:
         "finish_reason": result.finish_reason,
         "prompt_tokens": result.prompt_tokens,
         "visual_tokens": result.visual_tokens,
-        "load_s": load_s,
+        "images": tiling.of_pictures(vlm, pictures),
+        "load_s": vlm.load_s,
         "timings": timings,
     }

@@ -51,8 +51,8 @@ def verify(
 ) -> None:
     """Compare BUNDLE with its checkpoint in transformers, stage by stage.
 
-    Token ids, pixels, vision, connector, embeddings, prefill logits, greedy tokens: the first stage
-    and layer that diverges is named, and the exit code is 1. The result is stored in the manifest.
+    Token ids, tiling, pixels, vision, connector, embeddings, prefill logits, greedy tokens: the first
+    stage and layer that diverges is named, and the exit code is 1. The result is stored in the manifest.
     """
     from vlm_edge.export.source import resolve
     from vlm_edge.export.verify import store

@@ -1,0 +1,147 @@
+"""What will be made of one picture, from its size alone: tiles, and visual tokens by term."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from vlm_edge.errors import SettingError, TilesTooMany
+from vlm_edge.runtime.tiling.settings import Size
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The whole picture, scaled, centred on a black canvas and cut into tiles row by row.
+
+    Attributes:
+        scaled: heights and widths that it is scaled to, one after another.
+        canvas: height and width that the tiles are cut from.
+        offset: of the picture on the canvas, down and right.
+        tiles: rows and columns.
+        stride: from one tile to the next, down and right.
+        resample: Pillow's filter.
+        framed: the processor resizes and crops the tiles once more.
+    """
+
+    scaled: tuple[Size, ...]
+    canvas: Size
+    offset: Size
+    tiles: Size
+    stride: Size
+    resample: str
+    framed: bool = False
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The tiles and visual tokens of one picture.
+
+    Attributes:
+        width, height: of the picture, pixels.
+        sheets: what tiles are cut from, in the order of the tiles; None is the picture as the
+            checkpoint's processor makes one tile of it.
+        grid: rows and columns of the detail tiles; (0, 0) where there is only an overview.
+        terms: visual tokens by what they show, in the order of the prompt.
+        kept: of the detail tiles' tokens put together, the rows and columns that are not padding:
+            top, left, rows, columns.
+    """
+
+    width: int
+    height: int
+    sheets: tuple[Sheet | None, ...]
+    grid: Size
+    terms: tuple[tuple[str, int], ...]
+    kept: tuple[int, int, int, int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens in the prompt."""
+        return sum(count for _, count in self.terms)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that the vision encoder sees, the overview among them."""
+        return sum(1 if s is None else s.tiles[0] * s.tiles[1] for s in self.sheets)
+
+    @property
+    def name(self) -> str:
+        """The grid of detail tiles as "2x3" (rows, columns); "1" is an overview alone."""
+        return f"{self.grid[0]}x{self.grid[1]}" if self.grid != (0, 0) else "1"
+
+    @property
+    def sum(self) -> str:
+        """The terms as "2144 = 576 + 1536 + 32"."""
+        return f"{self.tokens} = {' + '.join(str(count) for _, count in self.terms)}"
+
+
+@dataclass(frozen=True)
+class TileLimits:
+    """Bounds on each picture, None where there is none.
+
+    Attributes:
+        max_tiles: tiles the vision encoder sees, the overview among them.
+        max_visual_tokens: places in the prompt.
+
+    Raises:
+        SettingError: a bound that is not a positive whole number.
+    """
+
+    max_tiles: int | None = None
+    max_visual_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tiles", "max_visual_tokens"):
+            value = getattr(self, name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not whole or value < 1):
+                raise SettingError(f"{name} = {value!r}; it should be a whole number, at least 1")
+
+    def allow(self, plan: TilePlan) -> bool:
+        return (self.max_tiles is None or plan.tiles <= self.max_tiles) and (
+            self.max_visual_tokens is None or plan.tokens <= self.max_visual_tokens
+        )
+
+    def first(self, plans: Iterable[TilePlan]) -> TilePlan:
+        """The first plan within the bounds; the last one is the least the model can make.
+
+        Raises:
+            TilesTooMany: none is.
+        """
+        least = None
+        for plan in plans:
+            if self.allow(plan):
+                return plan
+            least = plan
+        assert least is not None, "a tiler offers a plan at least"
+        picture = f"{least.width}x{least.height}"
+        if self.max_tiles is not None and least.tiles > self.max_tiles:
+            raise TilesTooMany(picture, "max_tiles", self.max_tiles, least.tiles)
+        assert self.max_visual_tokens is not None
+        raise TilesTooMany(picture, "max_visual_tokens", self.max_visual_tokens, least.tokens)
+
+
+UNLIMITED = TileLimits()
+
+
+class Tiler(Protocol):
+    """One kind of tiling with a model's settings."""
+
+    def plan(self, width: int, height: int, limits: TileLimits = UNLIMITED) -> TilePlan:
+        """What a picture of this size (pixels) becomes.
+
+        Raises:
+            TilesTooMany: not even its least form is within `limits`.
+        """
+
+    def places(self, plan: TilePlan, image_token: str) -> str:
+        """What stands in the prompt instead of the picture's placeholder."""
+
+    def assemble(self, plan: TilePlan, features: np.ndarray) -> np.ndarray:
+        """Visual tokens float32 [tokens, width], in the order of their places, of the connector's
+        [tiles, tile tokens, width]."""
+
+    def grids(self) -> tuple[str, ...]:
+        """Every `TilePlan.name` that some picture can have."""

@@ -1,0 +1,187 @@
+"""max_tiles and max_visual_tokens: fewer tiles by the model's own rule, or one sentence why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.image_processing_utils import select_best_resolution
+
+from vlm_edge.errors import ImageError, ImageTooNarrow, SettingError, TilesTooMany
+from vlm_edge.runtime.settings import Settings
+from vlm_edge.runtime.tiling import (
+    AnyRes,
+    Overlap,
+    SingleTile,
+    Split,
+    TileLimits,
+    TilePlan,
+    Tiler,
+    tiler,
+)
+
+RESOLUTIONS = ((30, 60), (60, 30), (60, 60), (90, 30), (30, 90), (60, 90))
+TILERS: dict[str, Tiler] = {
+    "single": tiler(SingleTile("single", 9), (30, 30)),
+    "anyres": tiler(AnyRes("anyres", (3, 3), RESOLUTIONS, (30, 30), "bicubic", "n.npy"), (30, 30)),
+    "overlap": tiler(Overlap("overlap", (3, 3), (3, 2), (1, 1), "crop", "bicubic"), (30, 30)),
+    "overlap, kept": tiler(Overlap("overlap", (3, 3), (3, 2), (1, 1), "keep", "bicubic"), (30, 30)),
+    "split": tiler(Split("split", 9, 120, True, "lanczos", "<f>", "<g>"), (30, 30)),
+    "split, its own size": tiler(Split("split", 9, None, True, "lanczos", "<f>", "<g>"), (30, 30)),
+    "split, odd": tiler(Split("split", 9, 130, True, "lanczos", "<f>", "<g>"), (37, 37)),
+    "not split": tiler(Split("split", 9, 120, False, "lanczos", "<f>", "<g>"), (30, 30)),
+}
+LEAST = {"anyres": (1, 10)}  # tiles and tokens; of the others (1, 9). 10: the newline
+SIDES = st.integers(1, 400)
+
+
+@pytest.mark.parametrize("kind", TILERS)
+@settings(max_examples=400, deadline=None)
+@given(
+    width=SIDES, height=SIDES,
+    max_tiles=st.none() | st.integers(1, 20), max_visual_tokens=st.none() | st.integers(1, 200),
+)  # fmt: skip
+def test_limits_are_kept_or_refused(
+    kind: str, width: int, height: int, max_tiles: int | None, max_visual_tokens: int | None
+) -> None:
+    cut, limits = TILERS[kind], TileLimits(max_tiles, max_visual_tokens)
+    try:
+        free: TilePlan | None = cut.plan(width, height)
+    except ImageTooNarrow:
+        free = None
+    least = LEAST.get(kind, (1, 9))
+    possible = max_visual_tokens is None or max_visual_tokens >= least[1]
+    if not possible:
+        with pytest.raises(TilesTooMany, match=f"{width}x{height}") as caught:
+            cut.plan(width, height, limits)
+        said = f"max_visual_tokens = {max_visual_tokens} cannot be kept: this model makes at least"
+        assert str(caught.value) == f"{said} {least[1]} of a {width}x{height} picture"
+        return
+    try:
+        plan = cut.plan(width, height, limits)
+    except ImageTooNarrow:
+        assert kind == "anyres"
+        return
+    assert limits.allow(plan)
+    assert max_tiles is None or plan.tiles <= max_tiles
+    assert max_visual_tokens is None or plan.tokens <= max_visual_tokens
+    assert (plan.width, plan.height) == (width, height)
+    assert plan.tokens >= 1
+    if free is not None and limits.allow(free):
+        assert plan == free, "a limit that is kept already changes nothing"
+    if free is not None:
+        assert plan.tiles <= free.tiles
+
+
+@pytest.mark.parametrize("kind", TILERS)
+@pytest.mark.parametrize("size", [(60, 60), (61, 37), (20, 80), (300, 90)])
+def test_more_room_is_never_used_for_less(kind: str, size: tuple[int, int]) -> None:
+    """Tiles grow with the bound, up to the model's own; each step is reached by one of them."""
+    cut = TILERS[kind]
+    tiles = [cut.plan(*size, TileLimits(max_tiles=n)).tiles for n in range(1, 25)]
+    assert tiles[0] == 1
+    assert tiles[-1] == cut.plan(*size).tiles
+    assert tiles == sorted(tiles)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(width=SIDES, height=SIDES, max_tiles=st.integers(2, 8))
+def test_anyres_chooses_by_its_rule_among_what_is_allowed(
+    width: int, height: int, max_tiles: int
+) -> None:
+    """As a checkpoint whose image_grid_pinpoints are the smaller ones alone."""
+    allowed = [(h, w) for h, w in RESOLUTIONS if 1 + h * w // 900 <= max_tiles]
+    plan_of = TILERS["anyres"].plan
+    limits = TileLimits(max_tiles=max_tiles)
+    if not allowed:
+        assert plan_of(width, height, limits).name == "1"
+        return
+    best = select_best_resolution((height, width), allowed)
+    if best is None:
+        with pytest.raises(ImageTooNarrow):
+            plan_of(width, height, limits)
+        return
+    plan = plan_of(width, height, limits)
+    detail = plan.sheets[1]
+    assert detail is not None
+    assert detail.canvas == best
+    fewer: Any = tiler(
+        AnyRes("anyres", (3, 3), tuple(allowed), (30, 30), "bicubic", "n.npy"), (30, 30)
+    )
+    assert plan == fewer.plan(width, height)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(width=SIDES, height=SIDES, bound=st.integers(10, 120))
+def test_anyres_within_tokens(width: int, height: int, bound: int) -> None:
+    """The rule is asked over those resolutions in which this picture has few enough tokens."""
+    cut: Any = TILERS["anyres"]
+    allowed = [r for r in RESOLUTIONS if cut._plan(width, height, r).tokens <= bound]
+    limits = TileLimits(max_visual_tokens=bound)
+    best = select_best_resolution((height, width), allowed) if allowed else None
+    if best is not None:
+        sheet = cut.plan(width, height, limits).sheets[1]
+        assert sheet is not None
+        assert sheet.canvas == best
+    elif not allowed:
+        assert cut.plan(width, height, limits).name == "1"
+
+
+@pytest.mark.parametrize(
+    ("size", "grids"),
+    [
+        ((80, 80), ["4x4", "3x3", "2x2", "1"]),
+        ((120, 31), ["2x4", "1x3", "1x2", "1"]),  # 31 pixels, made even, are 32: two tiles
+        ((15, 60), ["4x1", "3x1", "2x1", "1"]),
+    ],
+)
+def test_split_scales_the_long_edge_by_a_tile_less(size: tuple[int, int], grids: list[str]) -> None:
+    """As a checkpoint with a smaller size.longest_edge."""
+    cut = TILERS["split"]
+    seen = [cut.plan(*size, TileLimits(max_tiles=n)) for n in range(17, 0, -1)]
+    assert list(dict.fromkeys(plan.name for plan in seen)) == grids
+    for plan in seen:
+        edge = 30 * max(plan.grid) if plan.grid != (0, 0) else 30
+        smaller = tiler(Split("split", 9, edge, True, "lanczos", "<f>", "<g>"), (30, 30))
+        assert plan == smaller.plan(*size)
+
+
+def test_a_model_of_one_tile_refuses_what_it_cannot_do() -> None:
+    """Never a silent no-op: it makes as many tokens whatever is asked."""
+    assert TILERS["single"].plan(9, 9, TileLimits(1, 9)).tokens == 9
+    with pytest.raises(TilesTooMany) as caught:
+        TILERS["single"].plan(20, 10, TileLimits(max_visual_tokens=8))
+    assert str(caught.value) == (
+        "max_visual_tokens = 8 cannot be kept: this model makes at least 9 of a 20x10 picture"
+    )
+    assert isinstance(caught.value, ImageError)
+
+
+@pytest.mark.parametrize("size", [(400, 1), (1, 400), (6000, 30), (6000, 1)])
+def test_too_narrow_for_any_resolution(size: tuple[int, int]) -> None:
+    if select_best_resolution(size[::-1], RESOLUTIONS) is not None:
+        assert TILERS["anyres"].plan(*size).tokens > 0
+        return
+    with pytest.raises(ImageTooNarrow) as caught:
+        TILERS["anyres"].plan(*size)
+    assert str(caught.value).startswith(f"a picture of {size[0]}x{size[1]} pixels is too narrow: ")
+    assert isinstance(caught.value, ImageError)
+
+
+WRONG = [0, -1, 1.5, 2.0, "3", True, float("nan")]
+
+
+@pytest.mark.parametrize("name", ["max_tiles", "max_visual_tokens"])
+@pytest.mark.parametrize("value", WRONG)
+def test_wrong_limits_are_named(name: str, value: Any) -> None:
+    for made in (TileLimits, Settings):
+        with pytest.raises(SettingError) as caught:
+            made(**{name: value})
+        assert str(caught.value) == f"{name} = {value!r}; it should be a whole number, at least 1"
+
+
+def test_settings_carry_the_limits() -> None:
+    assert Settings().limits == TileLimits()
+    assert Settings(max_tiles=3, max_visual_tokens=77).limits == TileLimits(3, 77)
