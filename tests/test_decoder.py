@@ -23,9 +23,10 @@ MASKED, UNMASKED = CASES[0], CASES[2]  # attention that takes a mask, and GroupQ
 # Sums of float32 in another order (kernels differ by the number of rows); logits are of order 3.
 TOLERANCE = 2e-5
 # In a quantized model activations are rounded to int8, and our kernels attend in float32 for a few
-# queries and in bfloat16 for many: rounding differences of one unit become visible ones. One stale key
-# of a hundred is off by four times this, a position by eight times.
-RELATIVE_INT4 = 0.05
+# queries and in bfloat16 for many: rounding differences of one unit become visible ones (of 80 steps
+# against prefills: median 0.025, largest 0.059). One stale key of a hundred is off by 0.2, a position
+# by 0.4.
+RELATIVE_INT4 = 0.08
 
 Open = Callable[..., OrtDecoder]
 

@@ -15,6 +15,7 @@ from reference import Answer, Reference
 from tiny import CASES, build, edit_json
 
 from vlm_edge.runtime.feeds import prefill_feeds
+from vlm_edge.runtime.picture import open_picture
 
 NEW_TOKENS = 20
 # A reference whose winner leads by less could flip by rounding alone; float32 logits differ by 1e-5.
@@ -106,7 +107,8 @@ def test_pixels_of_every_kind_of_picture(
     pictures: dict[str, Path],
 ) -> None:
     expected = reference(case).inputs("<image>", [pictures[name]])["pixel_values"].numpy()
-    found = vlm(case).pixels(pictures[name])
+    model = vlm(case)
+    found = model.pixels(open_picture(pictures[name], model.tiler))
     np.testing.assert_array_equal(found, expected)
 
 
