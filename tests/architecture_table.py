@@ -40,7 +40,7 @@ class Results:
             whats[architecture][what] += 1
             files[architecture].add(node.partition("::")[0])
         lines = [
-            f"{VERSIONS}transformers {version('transformers')}, torch {version('torch')}.\n",
+            f"{VERSIONS}transformers {version('transformers')}, torch {version('torch').partition('+')[0]}.\n",
             "| `--arch` | reads `model_type` | verified against the reference | with |",
             "|---|---|---|---|",
         ]
