@@ -341,7 +341,9 @@ def test_a_mismatch_names_every_term(sides: dict[str, Side]) -> None:
     """Overview, tiles and newlines of each picture."""
     side = sides["none"]
     settings = PromptSettings("[img]", 3, None, {})
-    with pytest.raises(VisualTokenMismatch, match=r"expected 63 = 9 \+ 24 \+ 6 \+ 9 \+ 12 \+ 3 visual"):
+    with pytest.raises(
+        VisualTokenMismatch, match=r"expected 63 = 9 \+ 24 \+ 6 \+ 9 \+ 12 \+ 3 visual"
+    ):
         build_prompt(
             "[img] x [img]", [A, Image.new("RGB", (9, 9))], settings, side.tokenizer, None, ANYRES,
             use_template=False,

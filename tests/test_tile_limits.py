@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.image_processing_utils import select_best_resolution
 
@@ -17,7 +17,6 @@ from vlm_edge.runtime.tiling import (
     SingleTile,
     Split,
     TileLimits,
-    TilePlan,
     Tiler,
     tiler,
 )
@@ -48,9 +47,11 @@ def test_limits_are_kept_or_refused(
 ) -> None:
     cut, limits = TILERS[kind], TileLimits(max_tiles, max_visual_tokens)
     try:
-        free: TilePlan | None = cut.plan(width, height)
+        free = cut.plan(width, height)
     except ImageTooNarrow:
-        free = None
+        with pytest.raises(ImageTooNarrow):
+            cut.plan(width, height, limits)
+        return
     least = LEAST.get(kind, (1, 9))
     possible = max_visual_tokens is None or max_visual_tokens >= least[1]
     if not possible:
@@ -59,20 +60,15 @@ def test_limits_are_kept_or_refused(
         said = f"max_visual_tokens = {max_visual_tokens} cannot be kept: this model makes at least"
         assert str(caught.value) == f"{said} {least[1]} of a {width}x{height} picture"
         return
-    try:
-        plan = cut.plan(width, height, limits)
-    except ImageTooNarrow:
-        assert kind == "anyres"
-        return
+    plan = cut.plan(width, height, limits)
     assert limits.allow(plan)
     assert max_tiles is None or plan.tiles <= max_tiles
     assert max_visual_tokens is None or plan.tokens <= max_visual_tokens
     assert (plan.width, plan.height) == (width, height)
     assert plan.tokens >= 1
-    if free is not None and limits.allow(free):
+    assert plan.tiles <= free.tiles
+    if limits.allow(free):
         assert plan == free, "a limit that is kept already changes nothing"
-    if free is not None:
-        assert plan.tiles <= free.tiles
 
 
 @pytest.mark.parametrize("kind", TILERS)
@@ -80,30 +76,32 @@ def test_limits_are_kept_or_refused(
 def test_more_room_is_never_used_for_less(kind: str, size: tuple[int, int]) -> None:
     """Tiles grow with the bound, up to the model's own; each step is reached by one of them."""
     cut = TILERS[kind]
-    tiles = [cut.plan(*size, TileLimits(max_tiles=n)).tiles for n in range(1, 25)]
+    tiles = [cut.plan(*size, TileLimits(max_tiles=n)).tiles for n in range(1, 40)]
     assert tiles[0] == 1
     assert tiles[-1] == cut.plan(*size).tiles
     assert tiles == sorted(tiles)
 
 
+def tiles_of(resolution: tuple[int, int]) -> int:
+    """Of 30 x 30 pixels, and the overview."""
+    return 1 + resolution[0] * resolution[1] // 900
+
+
 @settings(max_examples=1000, deadline=None)
-@given(width=SIDES, height=SIDES, max_tiles=st.integers(2, 8))
+@given(width=SIDES, height=SIDES, max_tiles=st.integers(1, 8))
 def test_anyres_chooses_by_its_rule_among_what_is_allowed(
     width: int, height: int, max_tiles: int
 ) -> None:
     """As a checkpoint whose image_grid_pinpoints are the smaller ones alone."""
-    allowed = [(h, w) for h, w in RESOLUTIONS if 1 + h * w // 900 <= max_tiles]
-    plan_of = TILERS["anyres"].plan
-    limits = TileLimits(max_tiles=max_tiles)
-    if not allowed:
-        assert plan_of(width, height, limits).name == "1"
-        return
-    best = select_best_resolution((height, width), allowed)
+    own = select_best_resolution((height, width), RESOLUTIONS)
+    assume(own is not None)
+    most = min(max_tiles, tiles_of(own))
+    allowed = [resolution for resolution in RESOLUTIONS if tiles_of(resolution) <= most]
+    best = select_best_resolution((height, width), allowed) if allowed else None
+    plan = TILERS["anyres"].plan(width, height, TileLimits(max_tiles=max_tiles))
     if best is None:
-        with pytest.raises(ImageTooNarrow):
-            plan_of(width, height, limits)
+        assert plan.name == "1"
         return
-    plan = plan_of(width, height, limits)
     detail = plan.sheets[1]
     assert detail is not None
     assert detail.canvas == best
@@ -116,17 +114,29 @@ def test_anyres_chooses_by_its_rule_among_what_is_allowed(
 @settings(max_examples=1000, deadline=None)
 @given(width=SIDES, height=SIDES, bound=st.integers(10, 120))
 def test_anyres_within_tokens(width: int, height: int, bound: int) -> None:
-    """The rule is asked over those resolutions in which this picture has few enough tokens."""
-    cut: Any = TILERS["anyres"]
-    allowed = [r for r in RESOLUTIONS if cut._plan(width, height, r).tokens <= bound]
-    limits = TileLimits(max_visual_tokens=bound)
+    """The rule is asked over those resolutions in which this picture has few enough tokens, and no more
+    tiles than in the model's own choice."""
+    own = select_best_resolution((height, width), RESOLUTIONS)
+    assume(own is not None)
+    allowed = []
+    for resolution in RESOLUTIONS:
+        alone = tiler(
+            AnyRes("anyres", (3, 3), (resolution,), (30, 30), "bicubic", "n.npy"), (30, 30)
+        )
+        try:
+            tokens = alone.plan(width, height).tokens
+        except ImageTooNarrow:
+            continue
+        if tokens <= bound and tiles_of(resolution) <= tiles_of(own):
+            allowed.append(resolution)
     best = select_best_resolution((height, width), allowed) if allowed else None
-    if best is not None:
-        sheet = cut.plan(width, height, limits).sheets[1]
-        assert sheet is not None
-        assert sheet.canvas == best
-    elif not allowed:
-        assert cut.plan(width, height, limits).name == "1"
+    plan = TILERS["anyres"].plan(width, height, TileLimits(max_visual_tokens=bound))
+    if best is None:
+        assert plan.name == "1"
+        return
+    detail = plan.sheets[1]
+    assert detail is not None
+    assert detail.canvas == best
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def too_narrow(model: str, width: int, height: int) -> bool:
 
 @pytest.mark.verifies("llava_next", "tile and token counts")
 @pytest.mark.parametrize("model", MODELS)
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(width=SIDES, height=SIDES)
 @example(width=672, height=672)
 @example(width=4000, height=3000)
@@ -119,7 +119,7 @@ def test_counts_of_any_size(model: str, width: int, height: int) -> None:
     assert plan.sum == f"{plan.tokens} = {' + '.join(str(count) for _, count in plan.terms)}"
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(width=SIDES, height=SIDES, rows=st.integers(1, 160), columns=st.integers(1, 160))
 @example(width=6000, height=1, rows=24, columns=72)  # nothing is left
 @example(width=3, height=5, rows=9, columns=5)

@@ -36,10 +36,13 @@ class AnyResTiler:
 
     def plan(self, width: int, height: int, limits: TileLimits = UNLIMITED) -> TilePlan:
         plans = {size: self._plan(width, height, size) for size in self.settings.resolutions}
-        allowed = [size for size, plan in plans.items() if limits.allow(plan)]
-        if allowed:
-            return plans[best_resolution(width, height, allowed)]
-        return limits.first([self._overview(width, height)])
+        best = best_resolution(width, height, plans)
+        if best is None:
+            raise ImageTooNarrow(width, height)
+        # A bound on tokens must not cost tiles: most of a larger sheet could be padding.
+        fewer = [size for size, plan in plans.items() if plan.tiles <= plans[best].tiles]
+        best = best_resolution(width, height, [s for s in fewer if limits.allow(plans[s])])
+        return plans[best] if best else limits.first([self._overview(width, height)])
 
     def places(self, plan: TilePlan, image_token: str) -> str:
         return image_token * plan.tokens
@@ -96,13 +99,9 @@ class AnyResTiler:
         return TilePlan(width, height, (self._overview_sheet(), detail), grid, terms, kept)
 
 
-def best_resolution(width: int, height: int, resolutions: Iterable[Size]) -> Size:
+def best_resolution(width: int, height: int, resolutions: Iterable[Size]) -> Size | None:
     """Of some resolutions (height, width), the one that keeps most of the picture's pixels and, among
-    equals, wastes fewest of its own; the first of those.
-
-    Raises:
-        ImageTooNarrow: it would have no pixel left in any of them.
-    """
+    equals, wastes fewest of its own; the first of those. None where no pixel would be left in any."""
     best, most, least = None, 0, math.inf
     for high, wide in resolutions:
         scale = min(wide / width, high / height)
@@ -110,8 +109,6 @@ def best_resolution(width: int, height: int, resolutions: Iterable[Size]) -> Siz
         wasted = high * wide - effective
         if effective > most or (effective == most and wasted < least):
             best, most, least = (high, wide), effective, wasted
-    if best is None:
-        raise ImageTooNarrow(width, height)
     return best
 
 
