@@ -162,6 +162,8 @@ def measure(
         "prompt_tokens": facts["prompt_tokens"],
         "visual_tokens": facts["visual_tokens"],
         "tiles": facts["tiles"],
+        "grid": facts["grid"],
+        "limited": facts["limited"],
         "max_tiles": settings.max_tiles,
         "max_visual_tokens": settings.max_visual_tokens,
         "new_tokens": settings.new_tokens,

@@ -99,6 +99,7 @@ class Subject:
             "prompt_tokens": len(built.token_ids),
             "visual_tokens": built.visual_tokens,
             "tiles": sum(picture.plan.tiles for picture in built.pictures),
+            **self._tiling(built),
         }
 
     def run(self) -> dict[str, float]:
@@ -128,6 +129,16 @@ class Subject:
             sample["vision_ms"] = timings.vision_ms
             sample["connector_ms"] = timings.connector_ms
         return sample
+
+    def _tiling(self, built: BuiltPrompt) -> dict[str, Any]:
+        """The picture's grid where the model has a choice of them, and what limits changed."""
+        tiler = self.vlm.tiler
+        if not built.pictures or tiler.grids() == ("1",):
+            return {"grid": None, "limited": None}
+        (picture,) = built.pictures
+        plan, free = picture.plan, tiler.plan(picture.plan.width, picture.plan.height)
+        full = {"grid": free.name, "tiles": free.tiles, "tokens": free.tokens}
+        return {"grid": plan.name, "limited": full if plan != free else None}
 
     def _count(self, prompt: str) -> int:
         return len(self._built(prompt).token_ids)

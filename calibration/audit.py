@@ -16,6 +16,10 @@ from vlm_edge.runtime.tokenizer import Tokenizer
 
 LONG = 128  # tokens of a text: about a paragraph; shorter ones leave later positions unseen
 EXTREME = 2  # an aspect ratio beyond 1:2 or 2:1
+UNBOUNDED = (
+    "calibration cannot exercise every tiling: this model scales pictures to no fixed size "
+    "(longest_edge is null), so larger ones have ever more tiles"
+)
 
 
 def audit(data: CalibrationSet, tiler: Tiler) -> tuple[dict[str, Any], list[str]]:
@@ -43,7 +47,7 @@ def audit(data: CalibrationSet, tiler: Tiler) -> tuple[dict[str, Any], list[str]
         lacking.append("no picture beyond 1:2 or 2:1")
     if unseen:
         lacking.append(f"no picture of the tilings {', '.join(unseen)} (rows x columns)")
-    return facts, _sentences(lacking)
+    return facts, [*_sentences(lacking), *([] if tiler.grids() else [UNBOUNDED])]
 
 
 def audit_prompts(

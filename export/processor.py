@@ -18,7 +18,7 @@ from vlm_edge.errors import CheckpointMissing, UnsupportedConfig
 from vlm_edge.export import processor_split
 from vlm_edge.export.processor_split import SplitSettings
 from vlm_edge.runtime.manifest import ImageSettings, Resize
-from vlm_edge.runtime.tiling.settings import Size
+from vlm_edge.runtime.tiling.settings import Resample, Size
 
 PROCESSOR = "processor_config.json"
 PREPROCESSOR = "preprocessor_config.json"
@@ -77,7 +77,7 @@ class Pinpoints:
 
     resolutions: tuple[Size, ...]  # pixels, whole tiles; in the file's order
     overview: Size  # pixels that the whole picture is scaled to
-    resample: str
+    resample: Resample
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def with_overlap(model: Model, order: OverlapOrder) -> Model:
     )  # a picture of the canvas' shape: no padding
     if most.tokens >= model.decoder.max_positions:
         raise SettingError(
-            f"tiling {name}: a picture would take {most.sum} tokens, the language model has "
+            f"tiling {name}: a picture would take {most.equation} tokens, the language model has "
             f"{model.decoder.max_positions} positions; take fewer tiles or "
             + ("--merge crop" if order.merge == "keep" else "more overlap")
         )

@@ -65,9 +65,11 @@ class Bundle:
             array = np.load(self.file(name), allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise BundleDamaged(self.path, f"{name} is not a vector ({error})") from error
-        if array.shape != (width,) or array.dtype != np.float32:
+        if array.shape != (width,) or array.dtype != np.float32 or not np.isfinite(array).all():
             found = f"{array.dtype} {list(array.shape)}"
-            raise BundleDamaged(self.path, f"{name} is {found} instead of float32 [{width}]")
+            raise BundleDamaged(
+                self.path, f"{name} is {found} instead of {width} finite numbers in float32"
+            )
         return array
 
     def _check_names(self) -> None:
@@ -110,6 +112,11 @@ class Bundle:
             found = shapes.get((engine, name))
             if found != shape:
                 why = f"{NAME}: {engine}'s {name} is {found}, its settings say {shape}"
+                raise BundleDamaged(self.path, why)
+        tile, tiling = (image.height, image.width), manifest.tiling
+        for size in tiling.resolutions if isinstance(tiling, AnyRes) else ():
+            if size[0] % tile[0] or size[1] % tile[1]:
+                why = f"{NAME}: resolution {list(size)} is not whole tiles of {list(tile)} pixels"
                 raise BundleDamaged(self.path, why)
         dtype = specs["llm", "past.key.0"].dtype
         if dtype != decoder.cache_dtype:

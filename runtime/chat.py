@@ -20,6 +20,7 @@ class Chat:
 
     def __init__(self, vlm: VLM, system: str | None = None) -> None:
         self._vlm = vlm
+        self._limits: dict[str, Any] = {}
         self.messages: list[dict[str, Any]] = []
         if system:
             self.messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
@@ -31,6 +32,9 @@ class Chat:
     def stream(self, text: str, images: Images = (), **settings: Any) -> Stream:
         """One more user turn, its answer piece by piece.
 
+        `max_tiles` and `max_visual_tokens` hold for the turns that follow too: a picture tiled anew would
+        be encoded and prefilled anew.
+
         The turn joins the conversation when its answer is complete; a failure leaves it as it was.
 
         Raises:
@@ -41,7 +45,10 @@ class Chat:
             raise EmptyPrompt
         content.append({"type": "text", "text": text})
         asked = [*self.messages, {"role": "user", "content": content}]
-        stream = self._vlm.start(asked, (), True, Settings(**settings), reuse=True)
+        given = {name: settings.get(name) for name in ("max_tiles", "max_visual_tokens")}
+        self._limits |= {name: limit for name, limit in given.items() if limit is not None}
+        every = Settings(**settings | self._limits)
+        stream = self._vlm.start(asked, (), True, every, reuse=True)
         return Stream(self._remember(asked, stream), stream.pictures)
 
     def _remember(self, asked: list[dict[str, Any]], stream: Stream) -> Iterator[str | Result]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from vlm_edge.errors import BundleDamaged, BundleFormatMismatch, BundleMissing
 from vlm_edge.runtime.schema import SchemaError, from_json, to_json
-from vlm_edge.runtime.tiling.settings import Tiling
+from vlm_edge.runtime.tiling.settings import Resample, Tiling
 
 FORMAT = 2
 NAME = "manifest.json"
@@ -64,7 +64,7 @@ class Resize:
     mode: Literal["exact", "shortest_edge"]
     height: int
     width: int
-    resample: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
+    resample: Resample
 
 
 @dataclass(frozen=True)

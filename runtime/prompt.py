@@ -53,6 +53,11 @@ class BuiltPrompt:
     pictures: list[Picture]
 
     @property
+    def terms(self) -> list[int]:
+        """What the visual tokens are made of, picture by picture."""
+        return [count for picture in self.pictures for _, count in picture.plan.terms]
+
+    @property
     def visual_tokens(self) -> int:
         """How many of the ids are places of visual tokens."""
         return sum(picture.plan.tokens for picture in self.pictures)
@@ -104,10 +109,10 @@ def build_prompt(
     pictures = [open_picture(image, tiler, limits) for image in found]
     places = [tiler.places(picture.plan, settings.image_token) for picture in pictures]
     ids = tokenizer.encode(_expand(text, settings.image_token, places), add_special_tokens=special)
-    terms = [count for picture in pictures for _, count in picture.plan.terms]
-    if ids.count(settings.image_token_id) != sum(terms):
-        raise VisualTokenMismatch(ids.count(settings.image_token_id), terms)
-    return BuiltPrompt(text, ids, pictures)
+    built = BuiltPrompt(text, ids, pictures)
+    if ids.count(settings.image_token_id) != built.visual_tokens:
+        raise VisualTokenMismatch(ids.count(settings.image_token_id), built.terms)
+    return built
 
 
 def listed(images: Sequence[ImageInput] | ImageInput | None) -> list[ImageInput]:

@@ -18,13 +18,18 @@ class TokenTable(Protocol):
 
 
 def splice(
-    ids: np.ndarray, image_token_id: int, embeddings: TokenTable, features: Sequence[np.ndarray]
+    ids: np.ndarray,
+    image_token_id: int,
+    embeddings: TokenTable,
+    features: Sequence[np.ndarray],
+    terms: Sequence[int] | None = None,
 ) -> np.ndarray:
     """inputs_embeds float32 [1, n, width].
 
     Args:
         ids: int64 [n], with `image_token_id` at every visual place.
         features: visual tokens [tokens, width] of each image, in the order of their places.
+        terms: what the visual tokens are made of, for the message; None is their number by image.
 
     Raises:
         VisualTokenMismatch: there are more or fewer places than visual tokens.
@@ -32,7 +37,7 @@ def splice(
     places = ids == image_token_id
     counts = [len(tokens) for tokens in features]
     if int(places.sum()) != sum(counts):
-        raise VisualTokenMismatch(int(places.sum()), counts)
+        raise VisualTokenMismatch(int(places.sum()), counts if terms is None else terms)
     # The image token itself may have no row in the table (an id beyond the vocabulary).
     embeds = embeddings.rows(np.where(places, 0, ids))
     if counts:

@@ -319,7 +319,8 @@ class VLM:
             SettingError: a size or bound that is not a positive number.
             ImageError: the model cannot take such an image, or keep the bounds.
         """
-        if width < 1 or height < 1:
+        sides = (width, height)
+        if not all(isinstance(side, int) and side > 0 for side in sides):
             raise SettingError(f"an image of {width}x{height} pixels has no tokens")
         return self.tiler.plan(width, height, TileLimits(max_tiles, max_visual_tokens)).tokens
 
@@ -349,7 +350,8 @@ class VLM:
 
     def _splice(self, built: BuiltPrompt, features: Sequence[np.ndarray]) -> np.ndarray:
         ids = np.asarray(built.token_ids, np.int64)
-        return splice(ids, self.manifest.prompt.image_token_id, self.embeddings, features)
+        token = self.manifest.prompt.image_token_id
+        return splice(ids, token, self.embeddings, features, built.terms)
 
     def _prefill(
         self,

@@ -82,9 +82,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(item: pytest.Item):  # type: ignore[no-untyped-def]
     outcome = yield
     results = item.config.stash[RESULTS]
-    if item.nodeid in results.wanted and outcome.get_result().when == "call":
-        if outcome.get_result().passed:
-            results.passed.add(item.nodeid)
+    report = outcome.get_result()
+    if item.nodeid in results.wanted and report.when == "call" and report.passed:
+        results.passed.add(item.nodeid)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -83,9 +83,6 @@ SPLIT = Split("split", 4, 40, True, "lanczos", "<fake>", "<global>")
         (SPLIT, [PORTRAIT, LANDSCAPE], {"5": 2}, {"2x2": 2},
          ["no picture beyond 1:2 or 2:1", "no picture of the tilings 1x2, 2x1"]),
         (SPLIT, [PORTRAIT, (90, 40), (40, 90)], {"3": 2, "5": 1}, {"1x2": 1, "2x1": 1, "2x2": 1}, []),
-        # no scaling: as many tilings as there are pictures, so none can be called unseen
-        (replace(SPLIT, longest_edge=None), [(60, 30), (20, 45), (20, 20)],
-         {"1": 1, "7": 2}, {"1": 1, "2x3": 1, "3x2": 1}, []),
         (replace(SPLIT, split=False), [PORTRAIT, LANDSCAPE], {"1": 2}, {"1": 2}, []),
         (Overlap("overlap", (2, 2), (3, 3), (1, 1), "crop", "bicubic"), [PORTRAIT, LANDSCAPE],
          {"10": 2}, {"3x3": 2}, []),
@@ -101,6 +98,19 @@ def test_tilings_never_seen(
     assert [w.removesuffix(" (rows x columns)") for w in warnings] == [
         f"calibration had {what}" for what in lacking
     ]
+
+
+def test_tilings_without_bound_are_said_to_be_so() -> None:
+    """No scaling: as many tilings as there are sizes, so none can be named and not all be seen."""
+    settings, sizes = replace(SPLIT, longest_edge=None), [(60, 30), (20, 45), (20, 20)]
+    facts, warnings = audit(data(sizes), tiler(settings, (20, 20)))
+    assert facts["tilings"] == {"1": 1, "2x3": 1, "3x2": 1}
+    assert warnings == [
+        "calibration cannot exercise every tiling: this model scales pictures to no fixed size "
+        "(longest_edge is null), so larger ones have ever more tiles"
+    ]
+    whole = audit(data(sizes), tiler(replace(settings, split=False), (20, 20)))
+    assert whole[1] == []  # one tile, whatever the size
 
 
 @pytest.mark.parametrize("settings", [ANYRES, SPLIT, replace(SPLIT, split=False)])

@@ -168,6 +168,7 @@ def test_bench_writes_its_schema(bundle: Callable[..., Path], tmp_path: Path) ->
     assert document["settings"]["prompt_tokens"] == 101
     assert document["settings"]["visual_tokens"] > 0
     assert document["settings"]["new_tokens"] == 4
+    assert document["settings"]["grid"] is document["settings"]["limited"] is None  # no choice
     assert document["settings"]["threads"] == 1
     sizes = sum(p.stat().st_size for p in bundle(CASE).rglob("*") if p.is_file())
     assert document["bundle_mb"] == pytest.approx(sizes / 1e6, rel=1e-3)
@@ -187,6 +188,7 @@ def test_bench_without_an_image(bundle: Callable[..., Path]) -> None:
     document = json.loads(result.stdout)
     check_figures(document, image=False)
     assert document["settings"]["visual_tokens"] == 0
+    assert document["settings"]["grid"] is None
 
 
 def test_bench_without_a_chat_template(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vlm_edge.cli.main import cli
+from vlm_edge.cli.tiling import every
 from vlm_edge.export.pipeline import export
 from vlm_edge.export.tiling import OverlapOrder
 from vlm_edge.runtime.manifest import ImageSettings, Resize, read_manifest
@@ -200,7 +201,35 @@ def test_info_keeps_limits_and_says_what_they_changed(
     assert tokens in (None, image["tokens"])
     assert image["limited"] == {key: free[key] for key in ("grid", "tiles", "tokens")}
     shown = vlm("info", folder, *size, *limit).stdout
-    assert f"(limited: would be {free['grid']}, {free['tokens']} tokens)" in shown
+    count = f"{image['tiles']} tiles in all; " if image["tiles"] > 1 else ""
+    assert f" ({count}limited: would be {free['grid']}, {free['tokens']} tokens)\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [
+        ("single", {}, "single: one tile"),
+        ("anyres", {}, "anyres: 1x2, 2x1, 2x2, 3x1, 1x3 tiles and an overview"),
+        ("overlap", {"overlap": (6, 4)},
+         "overlap: 2x2 tiles and an overview; neighbours share 6x4 tokens, merge crop"),
+        ("split", {"longest_edge": 1024}, "split: 1x2, 2x2, 2x1 tiles and an overview"),
+        ("split", {"longest_edge": 512}, "split: an overview alone"),
+        ("split", {"split": False}, "split: an overview alone"),
+        ("split", {"longest_edge": None},
+         "split: as many tiles as the picture has room for, and an overview"),
+    ],
+)  # fmt: skip
+def test_every_tiling_in_words(kind: str, changes: dict[str, Any], said: str) -> None:
+    settings, side = KINDS[kind]
+    settings = dataclasses.replace(settings, **changes)
+    assert every(settings, tiler(settings, (side, side)).grids()) == said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_info_says_what_a_model_can_make(kind: str, of_kind: Callable[[str], Path]) -> None:
+    shown = " ".join(vlm("info", of_kind(kind)).stdout.split())
+    settings, side = KINDS[kind]
+    assert f"tiling {every(settings, tiler(settings, (side, side)).grids())} context" in shown
 
 
 def test_limits_without_effect_are_not_mentioned(of_kind: Callable[[str], Path]) -> None:
@@ -319,8 +348,16 @@ def test_bench_counts_tiles(tiled: Path, street: Path) -> None:
         "--threads",
         "1",
     )
-    free = json.loads(vlm(*args, "--json", "-").stdout)["settings"]
+    result = vlm(*args, "--json", "-")
+    free = json.loads(result.stdout)["settings"]
     assert (free["tiles"], free["visual_tokens"], free["max_tiles"]) == (5, 34, None)
-    limited = json.loads(vlm(*args, "--json", "-", "--max-tiles", "2").stdout)["settings"]
+    assert (free["grid"], free["limited"]) == ("2x2", None)
+    assert "street.png: 2x2 tiles and an overview, 34 tokens" in result.stderr.splitlines()
+    result = vlm(*args, "--json", "-", "--max-tiles", "2")
+    limited = json.loads(result.stdout)["settings"]
     assert (limited["tiles"], limited["visual_tokens"], limited["max_tiles"]) == (1, 9, 2)
+    assert limited["grid"] == "1"
+    assert limited["limited"] == {"grid": "2x2", "tiles": 5, "tokens": 34}
+    said = "street.png: an overview alone, 9 tokens (limited: would be 2x2, 34 tokens)"
+    assert said in result.stderr.splitlines()
     assert "(34 visual of 5 tiles)" in " ".join(vlm(*args).stdout.split())

@@ -175,7 +175,7 @@ def test_fewer_tiles_by_the_models_own_rule(
     assert result.plans[0].name == "1x2"
     assert result.visual_tokens == result.plans[0].tokens < plan.tokens
     alone = model.generate(QUESTION, [shapes["square"]], max_new_tokens=1, max_tiles=1)
-    assert alone.plans[0].sum == "10 = 9 + 1"
+    assert alone.plans[0].equation == "10 = 9 + 1"
 
 
 # Measured, nats a token: int8 0.018 and 0.031, int4 0.089 both. Random weights have nothing redundant to lose.

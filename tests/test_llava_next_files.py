@@ -164,7 +164,7 @@ def test_a_published_model(tmp_path: Path) -> None:
     settings = read_tiling(config, found, tower.read_tower(config, 336, 336))
     assert (settings.grid, settings.overview) == ((24, 24), (336, 336))
     counted = {  # LlavaNextProcessor._get_number_of_features less the class token gives the same sums
-        size: tiler(settings, (336, 336)).plan(*size).sum
+        size: tiler(settings, (336, 336)).plan(*size).equation
         for size in [(672, 672), (640, 480), (1000, 300), (3000, 4000)]
     }
     assert counted == {

@@ -15,9 +15,9 @@ from vlm_edge.errors import (
     EmptyPrompt,
     ImageCountMismatch,
     ImageUnreadable,
+    LimitNotKept,
     PromptError,
     TemplateError,
-    TilesTooMany,
     VisualTokenMismatch,
 )
 from vlm_edge.runtime.manifest import PromptSettings
@@ -330,7 +330,7 @@ def test_places_of_each_image(
 
 def test_limits_that_cannot_be_kept(sides: dict[str, Side]) -> None:
     side = sides["vicuna"]
-    with pytest.raises(TilesTooMany, match="max_visual_tokens = 8 cannot be kept: .* at least 9"):
+    with pytest.raises(LimitNotKept, match="max_visual_tokens = 8 cannot be kept: .* at least 9"):
         build_prompt(
             "Hi", [A], side.settings, side.tokenizer, side.template, ONE_TILE,
             limits=TileLimits(max_visual_tokens=8),

@@ -19,7 +19,7 @@ from reference import Reference
 from tiny import edit_json
 from tiny_smolvlm import SMOL_CASES, TinySmol, build_smol, processor_of
 
-from vlm_edge.errors import TilesTooMany, UnsupportedConfig
+from vlm_edge.errors import LimitNotKept, UnsupportedConfig
 from vlm_edge.export.pipeline import export, read_model
 from vlm_edge.export.precision import PrecisionPlan
 from vlm_edge.export.processor import read_processor
@@ -185,7 +185,7 @@ def test_an_odd_edge_can_need_another_row_and_fewer_tiles_do_not(
 
 def test_a_model_that_never_tiles_refuses_fewer_visual_tokens(loaded: Callable[..., Any]) -> None:
     assert loaded("idefics3-whole").count_tokens(500, 400, max_tiles=1) == 4
-    with pytest.raises(TilesTooMany):
+    with pytest.raises(LimitNotKept):
         loaded("idefics3-whole").count_tokens(500, 400, max_visual_tokens=3)
 
 

@@ -45,7 +45,7 @@ def test_no_image() -> None:
 
 @pytest.mark.parametrize(
     ("places", "counts", "said"),
-    [(1, [2], "1 visual places, expected 2 = 2 visual"), (3, [1, 1], r"3 visual.*2 = 1 \+ 1"), (1, [], "0 = 0"), (0, [4], "0 visual")],
+    [(1, [2], "1 visual places, expected 2 visual tokens"), (3, [1, 1], r"3 visual.*2 = 1 \+ 1"), (1, [], "expected 0 visual tokens"), (0, [4], "0 visual")],
 )  # fmt: skip
 def test_counts_must_agree(places: int, counts: list[int], said: str) -> None:
     ids = np.array([1, *[IMAGE] * places, 2])

@@ -85,7 +85,7 @@ class _Ladder:
         expected = list(zip(counts, self._inputs.visual_tokens, strict=True))
         wrong, details = 0, []
         for plan, ours, theirs in zip(plans, found, expected, strict=True):
-            detail = f"{plan.width}x{plan.height}: {plan.tiles} tile(s), {plan.sum} tokens"
+            detail = f"{plan.width}x{plan.height}: {plan.tiles} tile(s), {plan.equation} tokens"
             if ours != theirs:
                 wrong += 1
                 detail += f" instead of {theirs[0]} tile(s), {theirs[1]} tokens"

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm_edge.errors import ImageTooNarrow
 from vlm_edge.runtime.tiling.plan import UNLIMITED, Sheet, TileLimits, TilePlan
 from vlm_edge.runtime.tiling.settings import AnyRes, Size
 
@@ -36,13 +35,12 @@ class AnyResTiler:
 
     def plan(self, width: int, height: int, limits: TileLimits = UNLIMITED) -> TilePlan:
         plans = {size: self._plan(width, height, size) for size in self.settings.resolutions}
-        best = best_resolution(width, height, plans)
-        if best is None:
-            raise ImageTooNarrow(width, height)
-        # A bound on tokens must not cost tiles: most of a larger sheet could be padding.
-        fewer = [size for size, plan in plans.items() if plan.tiles <= plans[best].tiles]
-        best = best_resolution(width, height, [s for s in fewer if limits.allow(plans[s])])
-        return plans[best] if best else limits.first([self._overview(width, height)])
+        own = plans[best_resolution(width, height, plans)]
+        # A bound on tokens must not add tiles: most of a larger sheet could be padding.
+        allowed = [s for s, plan in plans.items() if plan.tiles <= own.tiles and limits.allow(plan)]
+        if allowed:
+            return plans[best_resolution(width, height, allowed)]
+        return limits.first([self._overview(width, height)])
 
     def places(self, plan: TilePlan, image_token: str) -> str:
         return image_token * plan.tokens
@@ -99,17 +97,17 @@ class AnyResTiler:
         return TilePlan(width, height, (self._overview_sheet(), detail), grid, terms, kept)
 
 
-def best_resolution(width: int, height: int, resolutions: Iterable[Size]) -> Size | None:
+def best_resolution(width: int, height: int, resolutions: Iterable[Size]) -> Size:
     """Of some resolutions (height, width), the one that keeps most of the picture's pixels and, among
-    equals, wastes fewest of its own; the first of those. None where no pixel would be left in any."""
-    best, most, least = None, 0, math.inf
-    for high, wide in resolutions:
+    equals, wastes fewest of its own; the first of those."""
+
+    def cost(resolution: Size) -> tuple[int, int]:
+        high, wide = resolution
         scale = min(wide / width, high / height)
-        effective = min(int(width * scale) * int(height * scale), width * height)
-        wasted = high * wide - effective
-        if effective > most or (effective == most and wasted < least):
-            best, most, least = (high, wide), effective, wasted
-    return best
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return -kept, high * wide - kept
+
+    return min(resolutions, key=cost)
 
 
 def fitted(width: int, height: int, resolution: Size) -> Size:

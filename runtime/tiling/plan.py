@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from vlm_edge.errors import SettingError, TilesTooMany
+from vlm_edge.errors import LimitNotKept, SettingError
 from vlm_edge.runtime.tiling.settings import Size
 
 
@@ -72,7 +72,7 @@ class TilePlan:
         return f"{self.grid[0]}x{self.grid[1]}" if self.grid != (0, 0) else "1"
 
     @property
-    def sum(self) -> str:
+    def equation(self) -> str:
         """The terms as "2144 = 576 + 1536 + 32"."""
         return f"{self.tokens} = {' + '.join(str(count) for _, count in self.terms)}"
 
@@ -108,19 +108,17 @@ class TileLimits:
         """The first plan within the bounds; the last one is the least the model can make.
 
         Raises:
-            TilesTooMany: none is.
+            LimitNotKept: none is.
         """
         least = None
         for plan in plans:
             if self.allow(plan):
                 return plan
             least = plan
-        assert least is not None, "a tiler offers a plan at least"
+        # The least is one tile, so what it exceeds is the bound on tokens.
+        assert least is not None and self.max_visual_tokens is not None
         picture = f"{least.width}x{least.height}"
-        if self.max_tiles is not None and least.tiles > self.max_tiles:
-            raise TilesTooMany(picture, "max_tiles", self.max_tiles, least.tiles)
-        assert self.max_visual_tokens is not None
-        raise TilesTooMany(picture, "max_visual_tokens", self.max_visual_tokens, least.tokens)
+        raise LimitNotKept(picture, "max_visual_tokens", self.max_visual_tokens, least.tokens)
 
 
 UNLIMITED = TileLimits()
@@ -133,7 +131,7 @@ class Tiler(Protocol):
         """What a picture of this size (pixels) becomes.
 
         Raises:
-            TilesTooMany: not even its least form is within `limits`.
+            LimitNotKept: not even its least form is within `limits`.
         """
 
     def places(self, plan: TilePlan, image_token: str) -> str:
@@ -144,4 +142,4 @@ class Tiler(Protocol):
         [tiles, tile tokens, width]."""
 
     def grids(self) -> tuple[str, ...]:
-        """Every `TilePlan.name` that some picture can have."""
+        """Every `TilePlan.name` that some picture has where no limit holds."""

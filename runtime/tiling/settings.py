@@ -5,8 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from vlm_edge.runtime.schema import SchemaError
+
 Size = tuple[int, int]  # height, width; or rows, columns
 Merge = Literal["crop", "average", "keep"]
+Resample = Literal[
+    "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
+]  # Pillow's filters
+
+
+def _check(good: bool, what: str) -> None:
+    """Raises SchemaError for settings that no export writes."""
+    if not good:
+        raise SchemaError(f"tiling: {what}")
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,13 @@ class AnyRes:
     grid: Size  # tokens of a tile, down and across
     resolutions: tuple[Size, ...]  # pixels; in the order they are tried
     overview: Size  # pixels that the whole picture is scaled to
-    resample: str
+    resample: Resample
     newline: str  # file of the vector that ends each row of tokens
+
+    def __post_init__(self) -> None:
+        _check(bool(self.resolutions), "resolutions is empty")
+        sizes = (self.grid, self.overview, *self.resolutions)
+        _check(min(min(size) for size in sizes) > 0, "a size below 1")
 
     @property
     def tile_tokens(self) -> int:
@@ -59,7 +75,12 @@ class Overlap:
     tiles: Size
     overlap: Size
     merge: Merge
-    resample: str
+    resample: Resample
+
+    def __post_init__(self) -> None:
+        _check(min(*self.grid, *self.tiles) > 0, "a size below 1")
+        pairs = zip(self.overlap, self.grid, strict=True)
+        _check(all(0 <= shared < side for shared, side in pairs), "overlap is not within a tile")
 
     @property
     def tile_tokens(self) -> int:
@@ -79,9 +100,12 @@ class Split:
     tokens: int  # of a tile
     longest_edge: int | None  # pixels that the picture is first scaled to; null: its own size
     split: bool  # false: the overview alone
-    resample: str
+    resample: Resample
     fake_token: str  # stands before each tile and after the last
     global_token: str  # announces the overview
+
+    def __post_init__(self) -> None:
+        _check(self.longest_edge is None or self.longest_edge > 0, "longest_edge is below 1")
 
     @property
     def tile_tokens(self) -> int:

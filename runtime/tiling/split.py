@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vlm_edge.errors import ImageTooLarge
+from vlm_edge.runtime.images import ImageLimits
 from vlm_edge.runtime.tiling.plan import UNLIMITED, Sheet, TileLimits, TilePlan
 from vlm_edge.runtime.tiling.settings import Size, Split
 
@@ -81,6 +83,9 @@ class SplitTiler:
             return self._one(width, height, scaled)
         scaled.append(self._whole_tiles(*(scaled[0] if scaled else (height, width))))
         high, wide = scaled[-1]
+        if high * wide > ImageLimits().pixels:  # without a longest edge a strip could be any size
+            found = f"{wide}x{high} pixels once scaled to whole tiles"
+            raise ImageTooLarge(f"of {width}x{height}", found, f"{ImageLimits().pixels} pixels")
         if scaled[-1] == side:
             return self._one(width, height, scaled)
         grid = high // self.tile, wide // self.tile

@@ -9,7 +9,7 @@ VlmEdgeError
 ├── BundleError (ValueError)
 │   └── BundleMissing, BundleDamaged, BundleFormatMismatch, BundleExists
 ├── ImageError (ValueError)
-│   └── ImageUnreadable, ImageTooLarge
+│   └── ImageUnreadable, ImageTooLarge, LimitNotKept
 ├── PromptError (ValueError)
 │   └── EmptyPrompt, ImageCountMismatch, VisualTokenMismatch, TemplateError, ContextOverflow
 ├── DeviceError (RuntimeError)
@@ -158,18 +158,8 @@ class ImageTooLarge(ImageError):
         super().__init__(f"image {image} has {found}, the limit is {limit}; scale it down first")
 
 
-class ImageTooNarrow(ImageError):
-    """So much longer than wide, or wider than high, that scaled into a tile nothing would be left."""
-
-    def __init__(self, width: int, height: int) -> None:
-        super().__init__(
-            f"a picture of {width}x{height} pixels is too narrow: scaled into the model's tiles its short "
-            "side would vanish; cut it into pieces first"
-        )
-
-
-class TilesTooMany(ImageError):
-    """A bound on tiles or visual tokens that the model cannot keep."""
+class LimitNotKept(ImageError):
+    """A bound on visual tokens below the least that the model makes of a picture."""
 
     def __init__(self, picture: str, bound: str, asked: int, least: int) -> None:
         super().__init__(
@@ -201,13 +191,18 @@ class ImageCountMismatch(PromptError):
 
 
 class VisualTokenMismatch(PromptError):
-    """The prompt's visual places and the connector's visual tokens differ in number."""
+    """The prompt's visual places and the connector's visual tokens differ in number.
+
+    Args:
+        places: in the prompt.
+        terms: what the visual tokens are made of.
+    """
 
     def __init__(self, places: int, terms: Sequence[int]) -> None:
-        summands = " + ".join(map(str, terms)) or "0"
-        super().__init__(
-            f"the prompt has {places} visual places, expected {sum(terms)} = {summands} visual tokens"
-        )
+        total = str(sum(terms))
+        if len(terms) > 1:
+            total += f" = {' + '.join(map(str, terms))}"
+        super().__init__(f"the prompt has {places} visual places, expected {total} visual tokens")
 
 
 class TemplateError(PromptError):
@@ -223,7 +218,7 @@ class ContextOverflow(PromptError):
     def __init__(self, prompt: int, new: int, limit: int) -> None:
         super().__init__(
             f"{prompt} prompt tokens + {new} new tokens exceed the model's {limit} positions; shorten "
-            "the prompt, use fewer images or lower max_new_tokens"
+            "the prompt, use fewer images, bound their max_tiles or lower max_new_tokens"
         )
 
 

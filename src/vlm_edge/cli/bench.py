@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vlm_edge.cli import options
+from vlm_edge.cli import options, tiling
 from vlm_edge.cli.guard import Command
 
 
@@ -78,6 +78,9 @@ def bench(
     request = Settings(image=image, no_image=no_image, **settings)
     with options.progress_bars(animated=False) as progress:
         report = measure(bundle, request, against, progress)
+    about = report.settings
+    if about["grid"] is not None:
+        tiling.report_one(about["image"], about["grid"], about["visual_tokens"], about["limited"])
     document = json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n"
     if json_file == Path("-"):
         click.echo(document, nl=False)

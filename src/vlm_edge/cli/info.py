@@ -57,12 +57,12 @@ def info(
     from vlm_edge.runtime.tiling import TileLimits, tiler
 
     manifest = read_manifest(bundle)
+    made = tiler(manifest.tiling, (manifest.image.height, manifest.image.width))
     facts = describe(bundle, manifest)
     drawing = ""
     if image_size is not None:
         from vlm_edge.runtime.tiling.draw import draw
 
-        made = tiler(manifest.tiling, (manifest.image.height, manifest.image.width))
         plan = made.plan(*image_size, TileLimits(max_tiles, max_visual_tokens))
         unlimited = made.plan(*image_size)
         facts["image"] = tiling.facts(plan, unlimited)
@@ -73,7 +73,7 @@ def info(
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
         return
-    show(facts)
+    show(facts, tiling.every(manifest.tiling, made.grids()))
     if drawing:
         click.echo(f"\n{drawing}")
     if layers and any(facts["measured"].values()):
@@ -113,7 +113,7 @@ def describe(bundle: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def show(facts: dict[str, Any]) -> None:
+def show(facts: dict[str, Any], tilings: str) -> None:
     """The facts as two tables: the model, and what its parts weigh."""
     from rich.table import Table
 
@@ -124,6 +124,7 @@ def show(facts: dict[str, Any]) -> None:
         "source": f"{facts['source']} ({facts['source_dtype']})",
         "made by": f"{facts['producer']}, format {facts['format']}",
         "image": f"{tile['width']}x{tile['height']} pixels, {facts['tokens_per_tile']} tokens a tile",
+        "tiling": tilings,
         "context": f"{facts['context']:,} tokens",
         "cache": f"{facts['cache']['bytes_per_token']:,} bytes a token ({facts['cache']['dtype']})",
         "verified": "yes" if facts["verified"] else "no: see `vlm verify`",

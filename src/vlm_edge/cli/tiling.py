@@ -10,7 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from vlm_edge.runtime.picture import Picture
-    from vlm_edge.runtime.tiling import TilePlan
+    from vlm_edge.runtime.tiling import TilePlan, Tiling
     from vlm_edge.runtime.vlm import VLM
 
 
@@ -18,19 +18,41 @@ def sentences(plan: TilePlan, unlimited: TilePlan) -> str:
     """The tiles and the terms of the visual tokens: "2144 = 576 overview + 1536 tiles + 32 newlines"."""
     terms = " + ".join(f"{count} {name}" for name, count in plan.terms)
     summed = f" = {terms}" if len(plan.terms) > 1 else ""
-    count = f" ({plan.tiles} tiles in all)" if plan.tiles > 1 else ""
+    notes = [f"{plan.tiles} tiles in all"] if plan.tiles > 1 else []
+    if plan != unlimited:
+        notes.append(limited(_brief(unlimited)))
+    noted = f" ({'; '.join(notes)})" if notes else ""
     return (
-        f"{plan.width}x{plan.height} pixels: {tiles(plan)}{count}{limited(plan, unlimited)}\n"
+        f"{plan.width}x{plan.height} pixels: {tiles(plan)}{noted}\n"
         f"visual tokens: {plan.tokens}{summed}"
     )
 
 
 def tiles(plan: TilePlan) -> str:
     """ "2x2 tiles and an overview" (rows x columns)."""
-    overview = any(name == "overview" for name, _ in plan.terms)
-    if plan.grid == (0, 0):
-        return "an overview alone" if overview else "one tile"
-    return f"{plan.name} tiles and an overview"
+    if any(name == "overview" for name, _ in plan.terms):
+        return _with_overview(plan.name)
+    return "one tile"
+
+
+def every(settings: Tiling, grids: Sequence[str]) -> str:
+    """What a model can make of a picture, for `vlm info`: "anyres: 1x2, 2x1, 2x2 tiles and an overview".
+
+    Args:
+        grids: `Tiler.grids()`.
+    """
+    if settings.kind == "single":
+        return "single: one tile"
+    if not grids:
+        return f"{settings.kind}: as many tiles as the picture has room for, and an overview"
+    many = [name for name in grids if name != "1"]
+    if not many:
+        return f"{settings.kind}: {_with_overview('1')}"
+    words = f"{settings.kind}: {_with_overview(', '.join(many))}"
+    if settings.kind == "overlap":
+        down, across = settings.overlap
+        words += f"; neighbours share {down}x{across} tokens, merge {settings.merge}"
+    return words if len(many) == len(grids) else f"{words}, or {_with_overview('1')}"
 
 
 def facts(plan: TilePlan, unlimited: TilePlan) -> dict[str, Any]:
@@ -64,17 +86,23 @@ def report(vlm: VLM, pictures: Sequence[Picture]) -> None:
     """A line on stderr for each picture, where the model has a choice of tilings."""
     if not pictures or vlm.tiler.grids() == ("1",):
         return
-    for picture in pictures:
-        plan, unlimited = picture.plan, _unlimited(vlm, picture)
-        line = f"{_name(picture)}: {tiles(plan)}, {plan.tokens} tokens"
-        click.echo(f"{line}{limited(plan, unlimited)}", err=True)
+    for about in of_pictures(vlm, pictures):
+        report_one(about["name"], about["grid"], about["tokens"], about["limited"])
 
 
-def limited(plan: TilePlan, unlimited: TilePlan) -> str:
-    """What limits changed, as the end of a sentence."""
-    if plan == unlimited:
-        return ""
-    return f" (limited: would be {unlimited.name}, {unlimited.tokens} tokens)"
+def report_one(name: str, grid: str, tokens: int, unlimited: dict[str, Any] | None) -> None:
+    """The line of one picture; `unlimited` is `limited` of its `facts`."""
+    end = f" ({limited(unlimited)})" if unlimited else ""
+    click.echo(f"{name}: {_with_overview(grid)}, {tokens} tokens{end}", err=True)
+
+
+def limited(unlimited: dict[str, Any]) -> str:
+    """What limits changed: "limited: would be 2x2, 1948 tokens"."""
+    return f"limited: would be {unlimited['grid']}, {unlimited['tokens']} tokens"
+
+
+def _with_overview(grid: str) -> str:
+    return "an overview alone" if grid == "1" else f"{grid} tiles and an overview"
 
 
 def _unlimited(vlm: VLM, picture: Picture) -> TilePlan:
