@@ -47,7 +47,8 @@ def audit(data: CalibrationSet, tiler: Tiler) -> tuple[dict[str, Any], list[str]
         lacking.append("no picture beyond 1:2 or 2:1")
     if unseen:
         lacking.append(f"no picture of the tilings {', '.join(unseen)} (rows x columns)")
-    return facts, [*_sentences(lacking), *([] if tiler.grids() else [UNBOUNDED])]
+    warnings = _sentences(lacking)
+    return facts, warnings if tiler.grids() else [*warnings, UNBOUNDED]
 
 
 def audit_prompts(
