@@ -7,26 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import onnx_ir as ir
-
 from vlm_edge.errors import UnsupportedConfig
 from vlm_edge.export.checkpoint import Checkpoint, Weights, refuse_quantized
 from vlm_edge.export.config import Config
 from vlm_edge.export.connectors import mlp
-from vlm_edge.export.graphs import Interface, build
 from vlm_edge.export.language import llama
-from vlm_edge.export.language.interface import (
-    decoder_interface,
-    decoder_layers,
-    decoder_settings,
-    run_decoder,
-)
-from vlm_edge.export.model import Model, Part
+from vlm_edge.export.language.interface import decoder_part, decoder_settings
+from vlm_edge.export.model import Model
+from vlm_edge.export.parts import image_parts
 from vlm_edge.export.processor import Processor
 from vlm_edge.export.prompt_files import PromptFiles
-from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.export.vision import tower
-from vlm_edge.runtime.manifest import CacheDtype, PromptSettings, TensorSpec
+from vlm_edge.runtime.manifest import CacheDtype, PromptSettings
 from vlm_edge.runtime.tiling.settings import SingleTile, Tiling
 
 MODEL_TYPES = ("llava",)
@@ -95,43 +87,19 @@ def assemble(
     config.get("vocab_size")  # LLaVA-1.5 repeats text_config's, which is the one that counts
     config.finish()
 
-    vision_io = Interface(
-        (TensorSpec("pixel_values", "float32", ("tiles", 3, image.height, image.width)),),
-        (TensorSpec("features", "float32", ("tiles", vision.tokens, vision.width)),),
-    )
-    connector_io = Interface(
-        vision_io.outputs,
-        (TensorSpec("image_features", "float32", ("tiles", vision.tokens, decoder.width)),),
-    )
-    llm_io = decoder_interface(decoder)
     table = weights.sub("language_model").sub("embed_tokens")
     head = table if tied else weights.sub("lm_head")
-
-    def build_vision(quantizer: Quantizer) -> ir.Model:
-        module = tower.VisionTower(weights.sub("vision_tower"), vision, quantizer)
-        return build("vision", vision_io, lambda op, x: [module(op, x["pixel_values"])])
-
-    def build_connector(quantizer: Quantizer) -> ir.Model:
-        module = mlp.Projector(weights.sub("multi_modal_projector"), projector, quantizer)
-        return build("connector", connector_io, lambda op, x: [module(op, x["features"])])
-
-    def build_llm(quantizer: Quantizer) -> ir.Model:
-        module = llama.Decoder(weights.sub("language_model"), head, decoder, quantizer)
-        return build("llm", llm_io, lambda op, x: run_decoder(module, op, x, decoder))
-
+    parts = image_parts(
+        image,
+        (vision.tokens, vision.width),
+        (vision.tokens, decoder.width),
+        lambda quantizer: tower.VisionTower(weights.sub("vision_tower"), vision, quantizer),
+        lambda quantizer: mlp.Projector(weights.sub("multi_modal_projector"), projector, quantizer),
+    )
+    parts["llm"] = decoder_part(weights.sub("language_model"), head, decoder)
     return Model(
         architecture=architecture,
-        parts={
-            "vision": Part(vision_io, build_vision),
-            "connector": Part(connector_io, build_connector),
-            "llm": Part(
-                llm_io,
-                build_llm,
-                weight_only=True,
-                keep8=frozenset({head.path}),
-                layers=decoder_layers(weights.sub("language_model"), head, decoder),
-            ),
-        },
+        parts=parts,
         embeddings=table.tensor("weight", decoder.vocab_size, decoder.width),
         image=image,
         tiling=tiles,

@@ -7,27 +7,20 @@ under two names), Idefics3Processor and SmolVLMProcessor.
 
 from __future__ import annotations
 
-import onnx_ir as ir
 import tokenizers
 
 from vlm_edge.errors import UnsupportedConfig
 from vlm_edge.export.checkpoint import Checkpoint, Weights, refuse_quantized
 from vlm_edge.export.config import Config
 from vlm_edge.export.connectors import pixel_shuffle
-from vlm_edge.export.graphs import Interface, build
 from vlm_edge.export.language import llama
-from vlm_edge.export.language.interface import (
-    decoder_interface,
-    decoder_layers,
-    decoder_settings,
-    run_decoder,
-)
-from vlm_edge.export.model import Model, Part
+from vlm_edge.export.language.interface import decoder_part, decoder_settings
+from vlm_edge.export.model import Model
+from vlm_edge.export.parts import image_parts
 from vlm_edge.export.processor import Processor
 from vlm_edge.export.prompt_files import PromptFiles
-from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.export.vision import idefics3
-from vlm_edge.runtime.manifest import CacheDtype, PromptSettings, TensorSpec
+from vlm_edge.runtime.manifest import CacheDtype, PromptSettings
 from vlm_edge.runtime.tiling.settings import Split
 
 MODEL_TYPES = ("idefics3", "smolvlm")
@@ -80,43 +73,19 @@ def read(
     config.get("transformers.js_config")
     config.finish()
 
-    vision_io = Interface(
-        (TensorSpec("pixel_values", "float32", ("tiles", 3, image.height, image.width)),),
-        (TensorSpec("features", "float32", ("tiles", vision.patches, vision.width)),),
-    )
-    connector_io = Interface(
-        vision_io.outputs,
-        (TensorSpec("image_features", "float32", ("tiles", connector.tokens, decoder.width)),),
-    )
-    llm_io = decoder_interface(decoder)
     table = weights.sub("text_model").sub("embed_tokens")
     head = table if tied else weights.sub("lm_head")
-
-    def build_vision(quantizer: Quantizer) -> ir.Model:
-        module = idefics3.Encoder(weights.sub("vision_model"), vision, quantizer)
-        return build("vision", vision_io, lambda op, x: [module(op, x["pixel_values"])])
-
-    def build_connector(quantizer: Quantizer) -> ir.Model:
-        module = pixel_shuffle.Connector(weights.sub("connector"), connector, quantizer)
-        return build("connector", connector_io, lambda op, x: [module(op, x["features"])])
-
-    def build_llm(quantizer: Quantizer) -> ir.Model:
-        module = llama.Decoder(weights.sub("text_model"), head, decoder, quantizer)
-        return build("llm", llm_io, lambda op, x: run_decoder(module, op, x, decoder))
-
+    parts = image_parts(
+        image,
+        (vision.patches, vision.width),
+        (connector.tokens, decoder.width),
+        lambda quantizer: idefics3.Encoder(weights.sub("vision_model"), vision, quantizer),
+        lambda quantizer: pixel_shuffle.Connector(weights.sub("connector"), connector, quantizer),
+    )
+    parts["llm"] = decoder_part(weights.sub("text_model"), head, decoder)
     return Model(
         architecture="smolvlm",
-        parts={
-            "vision": Part(vision_io, build_vision),
-            "connector": Part(connector_io, build_connector),
-            "llm": Part(
-                llm_io,
-                build_llm,
-                weight_only=True,
-                keep8=frozenset({head.path}),
-                layers=decoder_layers(weights.sub("text_model"), head, decoder),
-            ),
-        },
+        parts=parts,
         embeddings=table.tensor("weight", decoder.vocab_size, decoder.width),
         image=image,
         tiling=Split(

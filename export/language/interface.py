@@ -11,7 +11,7 @@ import onnx_ir as ir
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.graphs import Interface, build
 from vlm_edge.export.language.llama import Decoder, DecoderConfig, Layer
-from vlm_edge.export.model import Layers
+from vlm_edge.export.model import Layers, Part
 from vlm_edge.export.quantizers import Quantizer
 from vlm_edge.runtime.manifest import DecoderSettings, TensorSpec
 
@@ -33,6 +33,23 @@ def decoder_interface(config: DecoderConfig) -> Interface:
     outputs = [TensorSpec("logits", "float32", ("batch", "asked", config.vocab_size))]
     outputs += [replace(spec, name=f"present.{spec.name}") for spec in cache]
     return Interface(tuple(inputs), tuple(outputs))
+
+
+def decoder_part(weights: Weights, head: Weights, config: DecoderConfig) -> Part:
+    """The llm engine; `weights` and `head` as `Decoder` takes them."""
+    interface = decoder_interface(config)
+
+    def build_llm(quantizer: Quantizer) -> ir.Model:
+        module = Decoder(weights, head, config, quantizer)
+        return build("llm", interface, lambda op, x: run_decoder(module, op, x, config))
+
+    return Part(
+        interface,
+        build_llm,
+        weight_only=True,
+        keep8=frozenset({head.path}),
+        layers=decoder_layers(weights, head, config),
+    )
 
 
 def run_decoder(
