@@ -35,6 +35,7 @@ def preprocess(
     """
     if image.mode != "RGB":
         raise ImageUnreadable("<image>", f"its mode is {image.mode}, preprocessing takes RGB")
+    check_size(*image.size, settings, sheets, "<image>")
     image = _opaque(image)
     values = _values(settings)  # [3, 256]
     count = sum(1 if sheet is None else sheet.tiles[0] * sheet.tiles[1] for sheet in sheets)
@@ -44,6 +45,29 @@ def preprocess(
             # "clip" because numpy buffers `out` under "raise"; a uint8 is never out of range.
             np.take(values[channel], pixels[:, :, channel], out=tile[channel], mode="clip")
     return tiles  # [tiles, 3, height, width]
+
+
+def check_size(
+    width: int, height: int, settings: ImageSettings, sheets: Sequence[Sheet | None], name: str
+) -> None:
+    """Refuse the strip of 1 x 100000 pixels whose shortest edge is to become 336.
+
+    Raises:
+        ImageTooLarge: padded or scaled to one tile, it would exceed the bound on pixels.
+    """
+    if None not in sheets:
+        return  # what tiles are cut from is bounded by its settings
+    limit = ImageLimits().pixels
+    high, wide = height, width
+    if settings.pad_to_square is not None:
+        high = wide = max(width, height)
+    sizes = [(high, wide)]
+    if settings.resize is not None:
+        sizes.append(_resized(wide, high, settings.resize))
+    for high, wide in sizes:
+        if high * wide > limit:
+            found = f"{width} x {height} pixels, {wide} x {high} once scaled or padded"
+            raise ImageTooLarge(name, found, f"{limit} pixels")
 
 
 def _pieces(
@@ -121,36 +145,29 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Im
     if image.width == image.height:
         return image
     side = max(image.size)
-    _check_size(image, side, side)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
 
 
 def _resize(image: Image.Image, resize: Resize) -> Image.Image:
-    height, width = resize.height, resize.width
-    if resize.mode == "shortest_edge":
-        # get_resize_output_image_size: the long edge is cut, not rounded
-        if image.width <= image.height:
-            height = int(width * image.height / image.width)
-        else:
-            width = int(height * image.width / image.height)
-    _check_size(image, height, width)
+    height, width = _resized(*image.size, resize)
     return image.resize((width, height), Image.Resampling[resize.resample.upper()])
+
+
+def _resized(width: int, height: int, resize: Resize) -> Size:
+    if resize.mode == "exact":
+        return resize.height, resize.width
+    # get_resize_output_image_size: the long edge is cut, not rounded
+    if width <= height:
+        return int(resize.width * height / width), resize.width
+    return resize.height, int(resize.height * width / height)
 
 
 def _centre_crop(image: Image.Image, height: int, width: int) -> Image.Image:
     # Floor division, on either sign, is transformers' rounding; Pillow fills the outside with 0.
     top, left = (image.height - height) // 2, (image.width - width) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def _check_size(image: Image.Image, height: int, width: int) -> None:
-    """Refuse the strip of 1 x 100000 pixels whose shortest edge is to become 336."""
-    limit = ImageLimits().pixels
-    if height * width > limit:
-        found = f"{image.width} x {image.height} pixels, {width} x {height} once scaled or padded"
-        raise ImageTooLarge("<image>", found, f"{limit} pixels")
 
 
 def _values(settings: ImageSettings) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.engine import open_engines
 from vlm_edge.runtime.images import ImageInput
 from vlm_edge.runtime.picture import Picture
-from vlm_edge.runtime.preprocess import preprocess
+from vlm_edge.runtime.preprocess import check_size, preprocess
 from vlm_edge.runtime.prompt import BuiltPrompt, Prompt, build_prompt
 from vlm_edge.runtime.sampling import Sampler, StopStrings
 from vlm_edge.runtime.settings import Settings
@@ -260,7 +260,7 @@ class VLM:
         limits: TileLimits = UNLIMITED,
     ) -> BuiltPrompt:
         """Token ids with one place per visual token, and the pictures for those places, in order."""
-        return build_prompt(
+        built = build_prompt(
             prompt,
             images,
             self.manifest.prompt,
@@ -270,6 +270,10 @@ class VLM:
             use_template=template,
             limits=limits,
         )
+        for picture in built.pictures:
+            plan, name = picture.plan, picture.decoded.name
+            check_size(plan.width, plan.height, self.manifest.image, plan.sheets, name)
+        return built
 
     def pixels(self, picture: Picture) -> np.ndarray:
         """float32 [tiles, 3, height, width] as the checkpoint's processor makes them."""
@@ -322,7 +326,9 @@ class VLM:
         sides = (width, height)
         if not all(isinstance(side, int) and side > 0 for side in sides):
             raise SettingError(f"an image of {width}x{height} pixels has no tokens")
-        return self.tiler.plan(width, height, TileLimits(max_tiles, max_visual_tokens)).tokens
+        plan = self.tiler.plan(width, height, TileLimits(max_tiles, max_visual_tokens))
+        check_size(width, height, self.manifest.image, plan.sheets, f"of {width}x{height}")
+        return plan.tokens
 
     def clear_image_cache(self) -> None:
         """Forget encoded images, so that the next use encodes them again."""

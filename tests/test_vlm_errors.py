@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from answers import QUESTION, counted, greedy
+from PIL import Image
 
 from vlm_edge import VLM
 from vlm_edge.errors import (
@@ -18,6 +19,7 @@ from vlm_edge.errors import (
     EmptyPrompt,
     EngineFailure,
     ImageCountMismatch,
+    ImageTooLarge,
     ImageUnreadable,
     PromptError,
     SettingError,
@@ -179,3 +181,13 @@ def test_after_close_there_is_one_sentence(bundle: Callable[..., Path], picture:
     ):
         with pytest.raises(EngineFailure, match="closed"):
             call()
+
+
+def test_a_strip_is_refused_by_name_before_the_first_piece(shared: VLM, tmp_path: Path) -> None:
+    """Scaled until its short edge fits a tile it would have 180 million pixels."""
+    strip = tmp_path / "strip.png"
+    Image.new("RGB", (1, 200_000)).save(strip)
+    with pytest.raises(ImageTooLarge, match=r"strip\.png has 1 x 200000 pixels, 30 x 6000000 once"):
+        shared.stream("what is it?", images=[strip])
+    with pytest.raises(ImageTooLarge, match="image of 1x200000 has"):
+        shared.count_tokens(1, 200_000)

@@ -61,10 +61,13 @@ def info(
     facts = describe(bundle, manifest)
     drawing = ""
     if image_size is not None:
+        from vlm_edge.runtime.preprocess import check_size
         from vlm_edge.runtime.tiling.draw import draw
 
-        plan = made.plan(*image_size, TileLimits(max_tiles, max_visual_tokens))
-        unlimited = made.plan(*image_size)
+        width, height = image_size
+        plan = made.plan(width, height, TileLimits(max_tiles, max_visual_tokens))
+        unlimited = made.plan(width, height)
+        check_size(width, height, manifest.image, plan.sheets, f"of {width}x{height}")
         facts["image"] = tiling.facts(plan, unlimited)
         drawing = f"{tiling.sentences(plan, unlimited)}\n\n{draw(plan, manifest.image)}"
     parts = (manifest.calibration or {}).get("parts", {})
