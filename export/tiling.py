@@ -92,9 +92,8 @@ def with_overlap(model: Model, order: OverlapOrder) -> Model:
         "bicubic" if resize is None else resize.resample,
     )
     tiler = OverlapTiler(settings, (model.image.height, model.image.width))
-    most = tiler.plan(
-        *tiler.canvas(order.tiles)[::-1]
-    )  # a picture of the canvas' shape: no padding
+    high, wide = tiler.canvas(order.tiles)
+    most = tiler.plan(wide, high)  # a picture of the canvas' shape has no padding
     if most.tokens >= model.decoder.max_positions:
         raise SettingError(
             f"tiling {name}: a picture would take {most.equation} tokens, the language model has "

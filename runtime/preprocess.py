@@ -38,7 +38,7 @@ def preprocess(
     check_size(*image.size, settings, sheets, "<image>")
     image = _opaque(image)
     values = _values(settings)  # [3, 256]
-    count = sum(1 if sheet is None else sheet.tiles[0] * sheet.tiles[1] for sheet in sheets)
+    count = sum(1 if sheet is None else sheet.count for sheet in sheets)
     tiles = np.empty((count, 3, settings.height, settings.width), np.float32)
     for tile, pixels in zip(tiles, _pieces(image, settings, sheets), strict=True):
         for channel in range(3):
@@ -63,7 +63,7 @@ def check_size(
         high = wide = max(width, height)
     sizes = [(high, wide)]
     if settings.resize is not None:
-        sizes.append(_resized(wide, high, settings.resize))
+        sizes.append(resized(wide, high, settings.resize))
     for high, wide in sizes:
         if high * wide > limit:
             found = f"{width} x {height} pixels, {wide} x {high} once scaled or padded"
@@ -90,8 +90,7 @@ def _pieces(
                 )
                 scaled[sheet.scaled[: index + 1]] = after
         canvas = _on_canvas(scaled[sheet.scaled], sheet)
-        (rows, columns), (down, right) = sheet.tiles, sheet.stride
-        high, wide = canvas.shape[0] - (rows - 1) * down, canvas.shape[1] - (columns - 1) * right
+        (rows, columns), (down, right), (high, wide) = sheet.tiles, sheet.stride, sheet.tile
         for row in range(rows):
             for column in range(columns):
                 top, left = row * down, column * right
@@ -151,11 +150,12 @@ def _pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Im
 
 
 def _resize(image: Image.Image, resize: Resize) -> Image.Image:
-    height, width = _resized(*image.size, resize)
+    height, width = resized(*image.size, resize)
     return image.resize((width, height), Image.Resampling[resize.resample.upper()])
 
 
-def _resized(width: int, height: int, resize: Resize) -> Size:
+def resized(width: int, height: int, resize: Resize) -> Size:
+    """Height and width that a picture is scaled to."""
     if resize.mode == "exact":
         return resize.height, resize.width
     # get_resize_output_image_size: the long edge is cut, not rounded

@@ -17,6 +17,7 @@ from vlm_edge.runtime.tiling import (
     SingleTile,
     Split,
     TileLimits,
+    TilePlan,
     Tiler,
     tiler,
 )
@@ -82,6 +83,16 @@ def tiles_of(resolution: tuple[int, int]) -> int:
     return 1 + resolution[0] * resolution[1] // 900
 
 
+def check_resolution(plan: TilePlan, best: tuple[int, int] | None) -> None:
+    """The tiles are cut from `best`; None is an overview alone."""
+    if best is None:
+        assert plan.name == "1"
+        return
+    detail = plan.sheets[1]
+    assert detail is not None
+    assert detail.canvas == best
+
+
 @settings(max_examples=1000, deadline=None)
 @given(width=SIDES, height=SIDES, max_tiles=st.integers(1, 8))
 def test_anyres_chooses_by_its_rule_among_what_is_allowed(
@@ -93,12 +104,9 @@ def test_anyres_chooses_by_its_rule_among_what_is_allowed(
     allowed = [resolution for resolution in RESOLUTIONS if tiles_of(resolution) <= most]
     best = select_best_resolution((height, width), allowed) if allowed else None
     plan = TILERS["anyres"].plan(width, height, TileLimits(max_tiles=max_tiles))
+    check_resolution(plan, best)
     if best is None:
-        assert plan.name == "1"
         return
-    detail = plan.sheets[1]
-    assert detail is not None
-    assert detail.canvas == best
     fewer: Any = tiler(
         AnyRes("anyres", (3, 3), tuple(allowed), (30, 30), "bicubic", "n.npy"), (30, 30)
     )
@@ -121,12 +129,7 @@ def test_anyres_within_tokens(width: int, height: int, bound: int) -> None:
             allowed.append(resolution)
     best = select_best_resolution((height, width), allowed) if allowed else None
     plan = TILERS["anyres"].plan(width, height, TileLimits(max_visual_tokens=bound))
-    if best is None:
-        assert plan.name == "1"
-        return
-    detail = plan.sheets[1]
-    assert detail is not None
-    assert detail.canvas == best
+    check_resolution(plan, best)
 
 
 @pytest.mark.parametrize(

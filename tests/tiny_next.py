@@ -3,17 +3,18 @@ published ones come."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from tiny import LLAMA3, Tiny
 
 # As the published ones, of tiles of 30 pixels: 9 tokens each.
 SHAPES = [[30, 60], [60, 30], [60, 60], [90, 30], [30, 90]]
 
 
-def _next(**differences: object) -> Tiny:
-    settings: dict[str, object] = dict(
-        family="llava_next", processor="LlavaNextImageProcessor", pinpoints=SHAPES
-    )
-    return Tiny(**{**settings, **differences})  # type: ignore[arg-type]
+def _next(**differences: Any) -> Tiny:
+    shared = Tiny(family="llava_next", processor="LlavaNextImageProcessor", pinpoints=SHAPES)
+    return replace(shared, **differences)
 
 
 CASES: dict[str, Tiny] = {

@@ -5,16 +5,12 @@ Tiles are numbered as the vision encoder gets them. A character is taken to be t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from vlm_edge.runtime.manifest import ImageSettings
+from vlm_edge.runtime.preprocess import resized
 from vlm_edge.runtime.tiling.plan import Sheet, TilePlan
 from vlm_edge.runtime.tiling.settings import Size
-
-if TYPE_CHECKING:
-    from vlm_edge.runtime.manifest import ImageSettings
 
 WIDTH, HEIGHT = 76, 25  # characters; more only where tiles would become smaller than LEAST
 TILE, LEAST = 16, 4  # columns of a tile: as it is drawn where there is room, and at least
@@ -24,50 +20,20 @@ LINES = " ╵╷│╴┘┐┤╶└┌├─┴┬┼"  # by the directions in
 PADDING, OVERLAP = "╱", "░"
 
 
-@dataclass(frozen=True)
-class _Box:
-    """What is drawn of a sheet, in pixels.
-
-    Attributes:
-        canvas: height and width that the tiles are cut from.
-        scaled: height and width of the picture.
-        offset: of the picture on the canvas, down and right; negative where it is cut off.
-        tiles: rows and columns.
-        stride: from one tile to the next, down and right.
-    """
-
-    canvas: Size
-    scaled: Size
-    offset: Size
-    tiles: Size
-    stride: Size
-
-    @property
-    def tile(self) -> Size:
-        return (
-            self.canvas[0] - (self.tiles[0] - 1) * self.stride[0],
-            self.canvas[1] - (self.tiles[1] - 1) * self.stride[1],
-        )
-
-    @property
-    def count(self) -> int:
-        return self.tiles[0] * self.tiles[1]
-
-
 def draw(plan: TilePlan, image: ImageSettings) -> str:
     """The drawing, and a line for each sheet with its sizes in pixels (width x height).
 
     Args:
         image: how the model's processor makes a single tile of a picture.
     """
-    boxes = [_box(plan, sheet, image) for sheet in plan.sheets]
-    scale = _scale(boxes)
+    sheets = [s or _single_tile(plan.width, plan.height, image) for s in plan.sheets]
+    scale = _scale(sheets)
     overview = any(name == "overview" for name, _ in plan.terms)
     first, drawings, captions = 1, [], []
-    for box in boxes:
-        drawings.append(_drawn(box, scale, first))
-        captions.append((_numbers(first, box.count), _caption(box, overview)))
-        first += box.count
+    for sheet in sheets:
+        drawings.append(_drawn(sheet, scale, first))
+        captions.append((_numbers(first, sheet.count), _caption(sheet, overview)))
+        first += sheet.count
     indent = max(len(numbers) for numbers, _ in captions)
     lines = _beside(drawings)
     lines += [f"{numbers:>{indent}}  {text}" for numbers, text in captions]
@@ -77,66 +43,55 @@ def draw(plan: TilePlan, image: ImageSettings) -> str:
     return "\n".join(lines)
 
 
-def _box(plan: TilePlan, sheet: Sheet | None, image: ImageSettings) -> _Box:
-    if sheet is not None:
-        return _Box(sheet.canvas, sheet.scaled[-1], sheet.offset, sheet.tiles, sheet.stride)
-    canvas, scaled, offset = _single_tile(plan.width, plan.height, image)
-    return _Box(canvas, scaled, offset, (1, 1), canvas)
-
-
-def _single_tile(width: int, height: int, image: ImageSettings) -> tuple[Size, Size, Size]:
-    """Size of the tile, size of the picture and its offset, as `preprocess` makes a single tile."""
+def _single_tile(width: int, height: int, image: ImageSettings) -> Sheet:
+    """A single tile as `preprocess` makes it; the offset is negative where the picture is cut off."""
     canvas, scaled, offset = (height, width), (height, width), (0, 0)
     if image.pad_to_square is not None:
         side = max(canvas)
         canvas, offset = (side, side), ((side - height) // 2, (side - width) // 2)
     if image.resize is not None:
-        high, wide = image.resize.height, image.resize.width
-        if image.resize.mode == "shortest_edge":  # the other edge follows the picture's shape
-            if canvas[1] <= canvas[0]:
-                high = int(wide * canvas[0] / canvas[1])
-            else:
-                wide = int(high * canvas[1] / canvas[0])
+        high, wide = resized(canvas[1], canvas[0], image.resize)
         down, across = high / canvas[0], wide / canvas[1]
         scaled = round(scaled[0] * down), round(scaled[1] * across)
         canvas, offset = (high, wide), (round(offset[0] * down), round(offset[1] * across))
     if image.crop is not None:
         top, left = (canvas[0] - image.crop[0]) // 2, (canvas[1] - image.crop[1]) // 2
         canvas, offset = image.crop, (offset[0] - top, offset[1] - left)
-    return canvas, scaled, offset
+    resample = "nearest" if image.resize is None else image.resize.resample
+    return Sheet((scaled,), canvas, offset, (1, 1), canvas, resample)
 
 
-def _scale(boxes: list[_Box]) -> float:
+def _scale(sheets: list[Sheet]) -> float:
     """Pixels of a column; a row has twice as many."""
-    tile = max(boxes, key=lambda box: box.count).tile
-    room = WIDTH - (len(boxes) - 1) * GAP - len(boxes)
-    wide = sum(box.canvas[1] for box in boxes) / room
-    high = max(box.canvas[0] for box in boxes) / 2 / HEIGHT
+    tile = max(sheets, key=lambda sheet: sheet.count).tile
+    room = WIDTH - (len(sheets) - 1) * GAP - len(sheets)
+    wide = sum(sheet.canvas[1] for sheet in sheets) / room
+    high = max(sheet.canvas[0] for sheet in sheets) / 2 / HEIGHT
     columns = max(LEAST, min(TILE, int(tile[1] / max(wide, high))))
     return tile[1] / (columns - columns % 2)  # even, so that square tiles have whole rows
 
 
-def _drawn(box: _Box, scale: float, first: int) -> list[str]:
+def _drawn(sheet: Sheet, scale: float, first: int) -> list[str]:
     """The sheet's lines of characters, its tiles numbered from `first`."""
-    rows, down = _edges(box.canvas[0], box.tiles[0], box.stride[0], scale * 2)
-    columns, across = _edges(box.canvas[1], box.tiles[1], box.stride[1], scale)
+    rows, down = _edges(sheet.canvas[0], sheet.tiles[0], sheet.stride[0], scale * 2)
+    columns, across = _edges(sheet.canvas[1], sheet.tiles[1], sheet.stride[1], scale)
     bits = np.zeros((max(down) + 1, max(across) + 1), np.int64)
     y, x = _centres(rows, down), _centres(columns, across)
     covered = np.zeros(bits.shape, np.int64)
     numbers: dict[tuple[int, int], str] = {}
-    for index in range(box.count):
-        row, column = divmod(index, box.tiles[1])
-        begin = row * box.stride[0], column * box.stride[1]
-        top, bottom = (down[rows.index(begin[0] + edge)] for edge in (0, box.tile[0]))
-        left, right = (across[columns.index(begin[1] + edge)] for edge in (0, box.tile[1]))
+    for index in range(sheet.count):
+        row, column = divmod(index, sheet.tiles[1])
+        begin = row * sheet.stride[0], column * sheet.stride[1]
+        top, bottom = (down[rows.index(begin[0] + edge)] for edge in (0, sheet.tile[0]))
+        left, right = (across[columns.index(begin[1] + edge)] for edge in (0, sheet.tile[1]))
         bits[top:bottom, (left, right)] |= DOWN
         bits[top + 1 : bottom + 1, (left, right)] |= UP
         bits[(top, bottom), left:right] |= RIGHT
         bits[(top, bottom), left + 1 : right + 1] |= LEFT
         covered[top:bottom, left:right] += 1
         numbers[(top + bottom) // 2, (left + right) // 2] = str(first + index)
-    inside_y = (box.offset[0] <= y) & (y <= box.offset[0] + box.scaled[0])
-    inside_x = (box.offset[1] <= x) & (x <= box.offset[1] + box.scaled[1])
+    inside_y = (sheet.offset[0] <= y) & (y <= sheet.offset[0] + sheet.scaled[-1][0])
+    inside_x = (sheet.offset[1] <= x) & (x <= sheet.offset[1] + sheet.scaled[-1][1])
     shown = inside_y[:, None] & inside_x[None]
     fill = np.where(~shown, PADDING, np.where(covered > 1, OVERLAP, " "))
     characters = np.where(bits > 0, np.array(list(LINES))[bits], fill)
@@ -176,26 +131,26 @@ def _numbers(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
-def _caption(box: _Box, overview: bool) -> str:
-    rows, columns = box.tiles
+def _caption(sheet: Sheet, overview: bool) -> str:
+    rows, columns = sheet.tiles
     what = "overview" if overview else "one tile"
-    if box.count > 1:
+    if sheet.count > 1:
         what = f"{rows}x{columns} tiles"
-    text = f"{what} of {_size(box.tile)} pixels: the picture scaled to {_size(box.scaled)}"
-    if any(scaled < canvas for scaled, canvas in zip(box.scaled, box.canvas, strict=True)):
-        text += f" on {_size(box.canvas)}"
-    missing = _cut(box)
+    text = f"{what} of {_size(sheet.tile)} pixels: the picture scaled to {_size(sheet.scaled[-1])}"
+    if any(scaled < canvas for scaled, canvas in zip(sheet.scaled[-1], sheet.canvas, strict=True)):
+        text += f" on {_size(sheet.canvas)}"
+    missing = _cut(sheet)
     if missing:
         text += f", {missing} cut off"
-    shared = box.tile[0] - box.stride[0], box.tile[1] - box.stride[1]
-    if box.count > 1 and any(shared):
+    shared = sheet.tile[0] - sheet.stride[0], sheet.tile[1] - sheet.stride[1]
+    if sheet.count > 1 and any(shared):
         text += f", neighbours share {_size(shared)}"
     return text
 
 
-def _cut(box: _Box) -> str:
+def _cut(sheet: Sheet) -> str:
     """Pixels of the scaled picture that no tile shows."""
-    high, wide = (max(0, box.scaled[i] - box.canvas[i]) for i in (0, 1))
+    high, wide = (max(0, sheet.scaled[-1][i] - sheet.canvas[i]) for i in (0, 1))
     parts = [f"{n} of its {what}" for n, what in ((high, "rows"), (wide, "columns")) if n]
     return " and ".join(parts)
 

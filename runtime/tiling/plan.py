@@ -34,6 +34,17 @@ class Sheet:
     resample: str
     framed: bool = False
 
+    @property
+    def tile(self) -> Size:
+        """Height and width of a tile, pixels."""
+        (rows, columns), (down, right) = self.tiles, self.stride
+        return self.canvas[0] - (rows - 1) * down, self.canvas[1] - (columns - 1) * right
+
+    @property
+    def count(self) -> int:
+        """Tiles of the sheet."""
+        return self.tiles[0] * self.tiles[1]
+
 
 @dataclass(frozen=True)
 class TilePlan:
@@ -64,7 +75,7 @@ class TilePlan:
     @property
     def tiles(self) -> int:
         """Tiles that the vision encoder sees, the overview among them."""
-        return sum(1 if s is None else s.tiles[0] * s.tiles[1] for s in self.sheets)
+        return sum(1 if sheet is None else sheet.count for sheet in self.sheets)
 
     @property
     def name(self) -> str:

@@ -9,9 +9,8 @@ from vlm_edge.runtime.schema import SchemaError
 
 Size = tuple[int, int]  # height, width; or rows, columns
 Merge = Literal["crop", "average", "keep"]
-Resample = Literal[
-    "nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
-]  # Pillow's filters
+# Pillow's filters.
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
 
 
 def _check(good: bool, what: str) -> None:
