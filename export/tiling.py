@@ -94,10 +94,11 @@ def with_overlap(model: Model, order: OverlapOrder) -> Model:
     tiler = OverlapTiler(settings, (model.image.height, model.image.width))
     high, wide = tiler.canvas(order.tiles)
     most = tiler.plan(wide, high)  # a picture of the canvas' shape has no padding
-    if most.tokens >= model.decoder.max_positions:
+    positions = model.decoder.max_positions
+    if positions is not None and most.tokens >= positions:
         raise SettingError(
             f"tiling {name}: a picture would take {most.equation} tokens, the language model has "
-            f"{model.decoder.max_positions} positions; take fewer tiles or "
+            f"{positions} positions; take fewer tiles or "
             + ("--merge crop" if order.merge == "keep" else "more overlap")
         )
     return replace(model, tiling=settings)

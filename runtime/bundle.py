@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from vlm_edge.errors import BundleDamaged, PromptError
+from vlm_edge.runtime.instruction import Instruction
 from vlm_edge.runtime.manifest import NAME, EmbeddingSettings, Manifest, read_manifest
 from vlm_edge.runtime.tiling import AnyRes, Tiler, tiler
+from vlm_edge.runtime.tokenizer import Tokenizer
 
 
 class Bundle:
@@ -59,6 +61,13 @@ class Bundle:
             newline = self._vector(tiling.newline, self.manifest.decoder.width)
         return tiler(tiling, (image.height, image.width), newline)
 
+    def instruction(self) -> Instruction | None:
+        """What turns a prompt's text into the connector's own token ids, where it reads any."""
+        settings = self.manifest.prompt.instruction
+        if settings is None:
+            return None
+        return Instruction(Tokenizer(self.file(settings.tokenizer)), settings.max_tokens)
+
     def _vector(self, name: str, width: int) -> np.ndarray:
         """float32 [width] from a file of the bundle."""
         try:
@@ -77,15 +86,19 @@ class Bundle:
         graphs = [g for e in manifest.engines.values() for g in (e.graph, *e.lowered.values())]
         tables = (manifest.embeddings.file, manifest.embeddings.scales)
         newline = manifest.tiling.newline if isinstance(manifest.tiling, AnyRes) else None
-        for name in (*graphs, *tables, newline, manifest.prompt.chat_template, "tokenizer.json"):
+        prompt = manifest.prompt
+        texts = (prompt.chat_template, prompt.instruction and prompt.instruction.tokenizer)
+        for name in (*graphs, *tables, newline, *texts, "tokenizer.json"):
             if name is not None and name not in manifest.files:
                 raise BundleDamaged(self.path, f"{NAME} lists no file {name}")
         for name in manifest.files:
             # A manifest may come from anywhere: its files are inside the bundle, nowhere else.
             if Path(name).name != name:
                 raise BundleDamaged(self.path, f"{NAME} names a file outside the bundle: {name}")
-        missing = {"vision", "connector", "llm"} - manifest.engines.keys()
-        if missing:
+        wanted = {"vision", "connector", "llm"}
+        if manifest.decoder.start_token_id is not None:
+            wanted |= {"llm_encoder"}
+        if missing := wanted - manifest.engines.keys():
             raise BundleDamaged(self.path, f"{NAME} lists no engine {', '.join(sorted(missing))}")
 
     def _check_shapes(self) -> None:
@@ -108,6 +121,10 @@ class Bundle:
             ("llm", "logits"): ("batch", "asked", decoder.vocab_size),
             ("llm", "past.key.0"): ("batch", decoder.kv_heads, "capacity", decoder.head_dim),
         }
+        for spec in decoder.cross():
+            expected["llm_encoder", spec.name] = expected["llm", spec.name] = spec.shape
+        if manifest.prompt.instruction is not None:
+            expected["connector", "instruction_ids"] = ("tiles", "instruction")
         for (engine, name), shape in expected.items():
             found = shapes.get((engine, name))
             if found != shape:

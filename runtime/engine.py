@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -10,6 +11,7 @@ from vlm_edge.errors import DeviceUnavailable, SettingError
 from vlm_edge.runtime.bundle import Bundle
 
 DEVICES = ("cpu", "cuda", "tensorrt")
+LANGUAGE = ("llm_encoder", "llm")  # engines that a decoder is made of
 
 
 class Engine(Protocol):
@@ -28,18 +30,29 @@ class Engine(Protocol):
 class Decoder(Protocol):
     """A language model with its cache, both on the device.
 
+    Decoder-only models keep the prompt and the answer in one cache. An encoder-decoder reads the prompt
+    with its encoder and keeps its answer alone.
+
     Attributes:
         length: positions in the cache; setting a smaller one forgets the later positions.
         capacity: positions the cache has memory for now.
+        keeps_prefix: may a prompt be appended to what an earlier one that begins alike has left?
     """
 
     length: int
 
     @property
+    def keeps_prefix(self) -> bool: ...
+
+    @property
     def capacity(self) -> int: ...
 
+    def history(self, prompt: Sequence[int]) -> list[int]:
+        """Token ids before the answer's first, as a repetition penalty counts them: the prompt's, or an
+        encoder-decoder's start token."""
+
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
-        """Append `embeds` float32 [1, s, width] to the cache; logits float32 [vocab] of the last."""
+        """Take in `embeds` float32 [1, s, width]; logits float32 [vocab] of what follows them."""
 
     def decode(self, embeds: np.ndarray) -> np.ndarray:
         """Append one position, float32 [width]; its logits [vocab], valid until the next call."""
@@ -53,7 +66,7 @@ class Decoder(Protocol):
 def open_engines(
     bundle: Bundle, device: str, threads: int | None
 ) -> tuple[dict[str, Engine], Decoder]:
-    """The bundle's stateless engines by name, and its decoder, on the device asked for.
+    """The engines that encode pictures, by name, and the decoder, on the device asked for.
 
     Raises:
         SettingError: no such device.
@@ -70,6 +83,6 @@ def open_engines(
     engines: dict[str, Engine] = {
         name: ort.OrtEngine(bundle, name, threads)
         for name in bundle.manifest.engines
-        if name != "llm"
+        if name not in LANGUAGE
     }
-    return engines, ort.OrtDecoder(bundle, threads)
+    return engines, ort.open_decoder(bundle, threads)

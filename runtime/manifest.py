@@ -11,7 +11,7 @@ from vlm_edge.errors import BundleDamaged, BundleFormatMismatch, BundleMissing
 from vlm_edge.runtime.schema import SchemaError, from_json, to_json
 from vlm_edge.runtime.tiling.settings import Resample, Tiling
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 
 Precision = Literal["fp32", "int8", "int4", "w8a8"]  # w8a8: of a language model; others are in int8
@@ -85,6 +85,14 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
+class InstructionSettings:
+    """The prompt's text as the connector reads it (InstructBLIP). Source: qformer_tokenizer."""
+
+    tokenizer: str  # file name in the bundle
+    max_tokens: int  # positions the connector has
+
+
+@dataclass(frozen=True)
 class PromptSettings:
     """How text and images become token ids. Source: tokenizer_config.json, the processor."""
 
@@ -92,21 +100,30 @@ class PromptSettings:
     image_token_id: int
     chat_template: str | None  # file name in the bundle
     special_tokens: dict[str, str]  # bos_token, eos_token, ... as the chat template sees them
+    # Visual tokens of a prompt that has no place for them come before all else (Blip2Processor);
+    # where false, such a prompt is refused.
+    visual_tokens_first: bool = False
+    instruction: InstructionSettings | None = None
 
 
 @dataclass(frozen=True)
 class DecoderSettings:
-    """Sizes of the language model's cache and its limits. Source: text_config."""
+    """Sizes of the language model's cache and its limits. Source: text_config.
+
+    An encoder-decoder (T5) keeps, besides, the keys and values of its encoder's output, which its engine
+    `llm_encoder` computes once for each prompt.
+    """
 
     layers: int
     kv_heads: int
     head_dim: int
-    width: int
+    width: int  # of inputs_embeds
     vocab_size: int
-    max_positions: int
+    max_positions: int | None  # None: positions are relative and without a bound
     sliding_window: int | None  # keys a query may see, itself included
     chunked_prefill: bool  # false where rotations depend on the whole call (dynamic RoPE)
     cache_dtype: CacheDtype = "float32"  # int8: with one float32 scale for each position and head
+    start_token_id: int | None = None  # what an encoder-decoder's answer begins with; else None
 
     def cache(self) -> tuple[TensorSpec, ...]:
         """The cache's arrays; a graph reads each as `past.<name>` and writes `present.<name>`."""
@@ -120,6 +137,17 @@ class DecoderSettings:
         """Bytes that one position takes in all layers."""
         sizes = [self.kv_heads * width * _BYTES[dtype] for _, dtype, width in self._layer_cache()]
         return self.layers * sum(sizes)
+
+    def cross(self) -> tuple[TensorSpec, ...]:
+        """An encoder-decoder's keys and values of the prompt, which every step reads."""
+        if self.start_token_id is None:
+            return ()
+        shape = ("batch", self.kv_heads, "source", self.head_dim)
+        return tuple(
+            TensorSpec(f"cross.{kind}.{layer}", "float32", shape)
+            for layer in range(self.layers)
+            for kind in ("key", "value")
+        )
 
     def _layer_cache(self) -> list[tuple[str, str, int]]:
         arrays = [(kind, str(self.cache_dtype), self.head_dim) for kind in ("key", "value")]

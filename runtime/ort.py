@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,15 @@ class OrtEngine:
         self._session = None
 
 
+def open_decoder(bundle: Bundle, threads: int | None) -> OrtDecoder | OrtEncoderDecoder:
+    """The bundle's language model."""
+    if bundle.manifest.decoder.start_token_id is None:
+        return OrtDecoder(bundle, threads)
+    return OrtEncoderDecoder(bundle, threads)
+
+
 class OrtDecoder:
-    """The language model (`engine.Decoder`), batch 1.
+    """A decoder-only language model (`engine.Decoder`), batch 1.
 
     Each of a layer's cache arrays is bound as input and output, so a step writes one position and
     copies nothing. It grows with the conversation. Attention that asks for a mask computes the whole
@@ -110,12 +118,25 @@ class OrtDecoder:
         masks = windows(settings).items()
         self._windows = {name: window for name, window in masks if name in self._inputs}
         self._caches = empty_cache(settings, 0)
+        self._constants: dict[str, np.ndarray] = {}
         self._step: _Step | None = None
         self.length = 0
 
     @property
     def capacity(self) -> int:
         return next(iter(self._caches.values())).shape[2]
+
+    @property
+    def keeps_prefix(self) -> bool:
+        # Dynamic RoPE rotates all positions by the length of the call: an earlier call's do not fit.
+        return self._settings.chunked_prefill
+
+    def history(self, prompt: Sequence[int]) -> list[int]:
+        return list(prompt)
+
+    def begin(self, constants: dict[str, np.ndarray]) -> None:
+        """Forget all positions; from now on every step reads these inputs too."""
+        self._constants, self._step, self.length = constants, None, 0
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         count = embeds.shape[1]
@@ -138,12 +159,13 @@ class OrtDecoder:
         return self._step.logits[0, 0]
 
     def clear(self) -> None:
-        self._step, self.length = None, 0
+        self.begin({})
         self._caches = empty_cache(self._settings, 0)
 
     def close(self) -> None:
         self._step = self._session = None
         self._caches.clear()
+        self._constants.clear()
 
     def _reserve(self, needed: int) -> None:
         if self._session is None:
@@ -158,6 +180,52 @@ class OrtDecoder:
         for name, new in empty_cache(self._settings, capacity).items():
             new[:, :, : self.length] = self._caches[name][:, :, : self.length]
             self._caches[name] = new  # the old one's memory goes back before the next copy
+
+
+class OrtEncoderDecoder:
+    """An encoder-decoder (`engine.Decoder`), batch 1: T5.
+
+    The encoder reads a prompt once, whole, and gives what every layer of the decoder attends to: its keys
+    and values stay bound to the decoder's steps until the next prompt.
+    """
+
+    keeps_prefix = False  # every position of a prompt is encoded in the light of all others
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        start = bundle.manifest.decoder.start_token_id
+        assert start is not None, "an encoder-decoder has a start token"
+        self._encoder = OrtEngine(bundle, "llm_encoder", threads)
+        self._decoder = OrtDecoder(bundle, threads)
+        self._start, self._start_embeds = start, bundle.embeddings().row(start)
+
+    @property
+    def length(self) -> int:
+        return self._decoder.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._decoder.length = length
+
+    @property
+    def capacity(self) -> int:
+        return self._decoder.capacity
+
+    def history(self, prompt: Sequence[int]) -> list[int]:
+        return [self._start]
+
+    def prefill(self, embeds: np.ndarray) -> np.ndarray:
+        self._decoder.begin(self._encoder.run({"inputs_embeds": embeds}))
+        return self._decoder.prefill(self._start_embeds[None, None])
+
+    def decode(self, embeds: np.ndarray) -> np.ndarray:
+        return self._decoder.decode(embeds)
+
+    def clear(self) -> None:
+        self._decoder.clear()
+
+    def close(self) -> None:
+        self._encoder.close()
+        self._decoder.close()
 
 
 class _Step:
@@ -182,6 +250,7 @@ class _Step:
             "write_indices": self._write,
             "logit_positions": np.array([size - 1], np.int64),
             **self._masks,
+            **decoder._constants,
         }
         self._alive = [feeds, logits, list(decoder._caches.values())]
         for name in feeds.keys() & decoder._inputs:

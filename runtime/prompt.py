@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from vlm_edge.errors import (
     VisualTokenMismatch,
 )
 from vlm_edge.runtime.images import ImageInput
+from vlm_edge.runtime.instruction import Instruction
 from vlm_edge.runtime.manifest import PromptSettings
 from vlm_edge.runtime.picture import Picture, open_picture
 from vlm_edge.runtime.template import ChatTemplate
@@ -44,13 +46,15 @@ class BuiltPrompt:
 
     Attributes:
         text: what the template made of it, one placeholder per image.
-        token_ids: with one place per visual token where the placeholders stood.
+        token_ids: with one place per visual token where the placeholders stood, or first of all.
         pictures: in the order of their placeholders.
+        instruction: the text without placeholders as the connector's own tokens, where it reads any.
     """
 
     text: str
     token_ids: list[int]
     pictures: list[Picture]
+    instruction: tuple[int, ...] | None = None
 
     @property
     def terms(self) -> list[int]:
@@ -61,6 +65,15 @@ class BuiltPrompt:
     def visual_tokens(self) -> int:
         """How many of the ids are places of visual tokens."""
         return sum(picture.plan.tokens for picture in self.pictures)
+
+    @property
+    def visual_keys(self) -> list[tuple[str, int]]:
+        """A hex digest of all that decides each picture's visual tokens, and their number."""
+        read = "" if self.instruction is None else f" {self.instruction}"
+        keys = [
+            hashlib.sha256(f"{picture.key}{read}".encode()).hexdigest() for picture in self.pictures
+        ]
+        return [(key, p.plan.tokens) for key, p in zip(keys, self.pictures, strict=True)]
 
 
 def build_prompt(
@@ -73,16 +86,19 @@ def build_prompt(
     *,
     use_template: bool = True,
     limits: TileLimits = UNLIMITED,
+    instruction: Instruction | None = None,
 ) -> BuiltPrompt:
     """Turn the caller's prompt into token ids and the images they refer to.
 
     A text with images becomes one user message, the images first. In messages, image parts without a
     source of their own take `images` in order. Without the template the text is used verbatim, its
-    placeholders included.
+    placeholders included; so is a text where the checkpoint has no template and puts visual tokens first
+    (BLIP-2), since such a text is all its processor knows.
 
     Args:
         tiler: says what stands for an image of a given size.
         limits: on the tiles and visual tokens of each image.
+        instruction: makes the connector's own token ids of the text, where it reads any.
 
     Raises:
         EmptyPrompt: no text but white space, and no image.
@@ -93,6 +109,8 @@ def build_prompt(
         PromptError: a prompt, message, part or image of another kind.
     """
     given = [_image(image) for image in listed(images)]
+    if template is None and settings.visual_tokens_first and not _is_chat(prompt):
+        use_template = False
     if use_template:
         messages, found = _messages(prompt, given)
         _refuse_empty(_texts(messages), found)
@@ -101,15 +119,25 @@ def build_prompt(
         bos = settings.special_tokens.get("bos_token")
         special = not (bos and text.startswith(bos))  # as apply_chat_template
     else:
-        text, found = _verbatim(prompt, given, settings.image_token)
+        text, found = _verbatim(prompt, given, settings)
         _refuse_empty([text], found)
         special = True
-    if text.count(settings.image_token) != len(found):
+    # The processor's own form: visual tokens before everything, bos too.
+    first = settings.visual_tokens_first and settings.image_token not in text
+    if not first and text.count(settings.image_token) != len(found):
         raise ImageCountMismatch(text.count(settings.image_token), len(found), settings.image_token)
     pictures = [open_picture(image, tiler, limits) for image in found]
     places = [tiler.places(picture.plan, settings.image_token) for picture in pictures]
-    ids = tokenizer.encode(_expand(text, settings.image_token, places), add_special_tokens=special)
-    built = BuiltPrompt(text, ids, pictures)
+    if first:
+        ids = tokenizer.encode("".join(places), add_special_tokens=False)
+        ids += tokenizer.encode(text, add_special_tokens=special)
+    else:
+        expanded = _expand(text, settings.image_token, places)
+        ids = tokenizer.encode(expanded, add_special_tokens=special)
+    read = None
+    if instruction is not None:
+        read = instruction.encode(text.replace(settings.image_token, ""))
+    built = BuiltPrompt(text, ids, pictures, read)
     if ids.count(settings.image_token_id) != built.visual_tokens:
         raise VisualTokenMismatch(ids.count(settings.image_token_id), built.terms)
     return built
@@ -141,13 +169,17 @@ def _expand(text: str, token: str, places: Sequence[str]) -> str:
 # -- without the template ---------------------------------------------------------------------
 
 
-def _verbatim(prompt: Prompt, given: list[ImageInput], token: str) -> tuple[str, list[ImageInput]]:
+def _verbatim(
+    prompt: Prompt, given: list[ImageInput], settings: PromptSettings
+) -> tuple[str, list[ImageInput]]:
     if isinstance(prompt, str):
         return prompt, given
     if _is_chat(prompt):
         raise PromptError("chat messages need the chat template; give a text with template=False")
     parts, images = _interleaved(prompt, given)
-    return "".join(part.get("text", token) for part in parts), images
+    if settings.visual_tokens_first and all("text" in part for part in parts[len(images) :]):
+        parts = parts[len(images) :]  # they are first already
+    return "".join(part.get("text", settings.image_token) for part in parts), images
 
 
 # -- chat messages ----------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,11 @@ import numpy as np
 
 from vlm_edge.errors import ContextOverflow, EngineFailure, SettingError
 from vlm_edge.runtime.bundle import Bundle
+from vlm_edge.runtime.encode import ImageEncoder
 from vlm_edge.runtime.engine import open_engines
 from vlm_edge.runtime.images import ImageInput
 from vlm_edge.runtime.picture import Picture
-from vlm_edge.runtime.preprocess import check_size, preprocess
+from vlm_edge.runtime.preprocess import check_size
 from vlm_edge.runtime.prompt import BuiltPrompt, Prompt, build_prompt
 from vlm_edge.runtime.sampling import Sampler, StopStrings
 from vlm_edge.runtime.settings import Settings
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from vlm_edge.runtime.chat import Chat
 
 Images = Sequence[ImageInput] | ImageInput
-
-IMAGE_CACHE_BYTES = 64 << 20  # of encoded images kept for further questions
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,14 @@ class VLM:
         self.embeddings = bundle.embeddings()
         self._engines, self.decoder = open_engines(bundle, device, threads)
         self.vision, self.connector = self._engines["vision"], self._engines["connector"]
-        self.tiler = bundle.tiler()
-        self._encoded: OrderedDict[str, np.ndarray] = OrderedDict()
+        self.tiler, self.instruction = bundle.tiler(), bundle.instruction()
+        self.images = ImageEncoder(
+            self.vision,
+            self.connector,
+            self.manifest.image,
+            self.tiler,
+            instructed=self.instruction is not None,
+        )
         self._cached: list[int] = []  # keys of the positions in the decoder's cache
         self._turn = 0  # answers started: the cache belongs to the latest
         self.load_s = 0.0
@@ -175,7 +179,7 @@ class VLM:
         with watch.stage("preprocess"):
             built = self.build_prompt(prompt, images, template, settings.limits)
         limit = self.manifest.decoder.max_positions
-        if len(built.token_ids) + settings.max_new_tokens > limit:
+        if limit is not None and len(built.token_ids) + settings.max_new_tokens > limit:
             raise ContextOverflow(len(built.token_ids), settings.max_new_tokens, limit)
         answer = self._answer(built, sampler, stops, settings, watch, reuse)
         return Stream(answer, built.pictures)
@@ -192,10 +196,10 @@ class VLM:
         ends = () if settings.ignore_eos else self.manifest.generation.eos_token_ids
         self._turn += 1
         turn = self._turn
-        features = [self.encode(picture, watch) for picture in built.pictures]
+        features = self._encode(built, watch)
         with watch.stage("prefill"):
             logits, prefilled = self._prefill(built, features, reuse)
-            ids = list(built.token_ids)
+            ids = self.decoder.history(built.token_ids)
             token = self._pick(sampler, logits, ids)
         ttft = watch.elapsed_ms()
         detokenizer = Detokenizer(self.tokenizer)
@@ -269,6 +273,7 @@ class VLM:
             self.tiler,
             use_template=template,
             limits=limits,
+            instruction=self.instruction,
         )
         for picture in built.pictures:
             plan, name = picture.plan, picture.decoded.name
@@ -277,38 +282,15 @@ class VLM:
 
     def pixels(self, picture: Picture) -> np.ndarray:
         """float32 [tiles, 3, height, width] as the checkpoint's processor makes them."""
-        return preprocess(picture.decoded.image, self.manifest.image, picture.plan.sheets)
+        return self.images.pixels(picture)
 
-    def encode(self, picture: Picture, watch: Stopwatch | None = None) -> np.ndarray:
-        """Visual tokens float32 [tokens, width]; an image seen before is taken from the cache."""
-        watch = watch or Stopwatch()
-        if picture.key in self._encoded:
-            self._encoded.move_to_end(picture.key)
-            return self._encoded[picture.key]
-        with watch.stage("preprocess"):
-            pixels = self.pixels(picture)
-        tiles = []
-        # One at a time: on a CPU five tiles of CLIP-L/14-336 at once take three times the memory in INT8
-        # (301 MB against 109) and are no faster (1.35 s both ways; in float 4.9 s against 4.5).
-        for tile in pixels:
-            with watch.stage("vision"):
-                features = self.vision.run({"pixel_values": tile[None]})["features"]
-            with watch.stage("connector"):
-                tiles.append(self.connector.run({"features": features})["image_features"])
-        with watch.stage("connector"):
-            tokens = self.tiler.assemble(picture.plan, np.concatenate(tiles))
-        self._encoded[picture.key] = tokens
-        while (
-            len(self._encoded) > 1
-            and sum(t.nbytes for t in self._encoded.values()) > IMAGE_CACHE_BYTES
-        ):
-            self._encoded.popitem(last=False)
-        return tokens
+    def encode(self, picture: Picture, instruction: Sequence[int] | None = None) -> np.ndarray:
+        """Visual tokens float32 [tokens, width] (`ImageEncoder.encode`)."""
+        return self.images.encode(picture, instruction)
 
     def embed(self, built: BuiltPrompt) -> np.ndarray:
         """inputs_embeds float32 [1, n, width]: token rows, visual tokens in their places."""
-        features = [self.encode(picture) for picture in built.pictures]
-        return self._splice(built, features)
+        return self._splice(built, self._encode(built, Stopwatch()))
 
     def count_tokens(
         self,
@@ -332,7 +314,7 @@ class VLM:
 
     def clear_image_cache(self) -> None:
         """Forget encoded images, so that the next use encodes them again."""
-        self._encoded.clear()
+        self.images.clear()
 
     def close(self) -> None:
         """Give back the engines' memory."""
@@ -354,6 +336,9 @@ class VLM:
             self._cached.clear()
             raise
 
+    def _encode(self, built: BuiltPrompt, watch: Stopwatch) -> list[np.ndarray]:
+        return [self.images.encode(picture, built.instruction, watch) for picture in built.pictures]
+
     def _splice(self, built: BuiltPrompt, features: Sequence[np.ndarray]) -> np.ndarray:
         ids = np.asarray(built.token_ids, np.int64)
         token = self.manifest.prompt.image_token_id
@@ -370,10 +355,9 @@ class VLM:
         keys = prefix_keys(
             ids,
             self.manifest.prompt.image_token_id,
-            [(picture.key, picture.plan.tokens) for picture in built.pictures],
+            built.visual_keys,
         )
-        # Dynamic RoPE rotates all positions by the length of the call: an earlier call's do not fit.
-        reuse = reuse and self.manifest.decoder.chunked_prefill
+        reuse = reuse and self.decoder.keeps_prefix
         kept = shared_prefix(np.array(self._cached, np.int64), keys) if reuse else 0
         embeds = self._splice(built, features)[:, kept:]
         self._cached = keys[:kept].tolist()  # should the engine fail below, the rest is not trusted

@@ -17,6 +17,7 @@ from vlm_edge import VLM
 from vlm_edge.errors import (
     SettingError,
 )
+from vlm_edge.runtime import encode
 from vlm_edge.runtime import vlm as vlm_module
 
 # -- tokens -----------------------------------------------------------------------------------
@@ -266,12 +267,12 @@ def test_the_image_cache_is_bounded_by_bytes(
             model.embed(model.build_prompt(QUESTION, [image]))
         return len(vision) - before
 
-    monkeypatch.setattr(vlm_module, "IMAGE_CACHE_BYTES", 2 * size)
+    monkeypatch.setattr(encode, "CACHE_BYTES", 2 * size)
     assert runs(one, two, one, two) == 2
     assert runs(one, three) == 1  # the one used longest ago goes: two
     assert runs(one, three) == 0
     assert runs(two) == 1
-    monkeypatch.setattr(vlm_module, "IMAGE_CACHE_BYTES", 1)
+    monkeypatch.setattr(encode, "CACHE_BYTES", 1)
     assert runs(one, one) == 1  # the latest stays whatever its size
     assert runs(two, one) == 2
 

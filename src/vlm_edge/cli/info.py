@@ -128,7 +128,7 @@ def show(facts: dict[str, Any], tilings: str) -> None:
         "made by": f"{facts['producer']}, format {facts['format']}",
         "image": f"{tile['width']}x{tile['height']} pixels, {facts['tokens_per_tile']} tokens a tile",
         "tiling": tilings,
-        "context": f"{facts['context']:,} tokens",
+        "context": f"{facts['context']:,} tokens" if facts["context"] else "no bound",
         "cache": f"{facts['cache']['bytes_per_token']:,} bytes a token ({facts['cache']['dtype']})",
         "verified": "yes" if facts["verified"] else "no: see `vlm verify`",
     }
