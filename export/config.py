@@ -17,14 +17,15 @@ T = TypeVar("T")
 HARMLESS = frozenset(
     """
     _attn_implementation_autoset _commit_hash _from_model_config _name_or_path
-    add_cross_attention architectures attention_dropout attention_probs_dropout_prob auto_map
-    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    activation_dropout add_cross_attention architectures attention_dropout
+    attention_probs_dropout_prob auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    chunk_size_feed_forward classifier_dropout
     cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample
     drop_path_rate dropout dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    hidden_dropout_prob id2label ignore_index image_seq_length initializer_factor
+    hidden_dropout_prob id2label ignore_index image_seq_length init_std initializer_factor
     initializer_range is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id
-    layerscale_value length_penalty logit_scale_init_value max_length max_sequence_length
+    layerdrop layerscale_value length_penalty logit_scale_init_value max_length max_sequence_length
     min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
     num_return_sequences output_attentions output_hidden_states output_scores pad_token_id
     prefix pretraining_tp problem_type projection_dim pruned_heads remove_invalid_values

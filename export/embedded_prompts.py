@@ -1,4 +1,4 @@
-"""Calibration prompts as a language model reads them.
+"""Calibration prompts as a connector and a language model read them.
 
 Prompts go through the runtime's own template and splice, pictures through the float vision encoder
 and connector, so the language model is rounded for the inputs it will see: visual tokens too.
@@ -6,6 +6,7 @@ and connector, so the language model is rounded for the inputs it will see: visu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,54 +14,115 @@ import numpy as np
 
 from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.errors import CalibrationError, PromptError
+from vlm_edge.export import graphs
 from vlm_edge.export.checkpoint import TensorRef
-from vlm_edge.export.model import Model
+from vlm_edge.export.model import Model, Part
 from vlm_edge.export.prompt_files import PromptFiles
-from vlm_edge.export.static import Tiles
+from vlm_edge.export.quantizers import Float
+from vlm_edge.export.static import Feed, Tiles
+from vlm_edge.runtime.ort import open_session
 from vlm_edge.runtime.prompt import build_prompt
 from vlm_edge.runtime.splice import splice
 from vlm_edge.runtime.template import ChatTemplate
+from vlm_edge.runtime.tiling.plan import TilePlan
 from vlm_edge.runtime.tokenizer import Tokenizer
 
 
-def embedded_prompts(
-    model: Model,
-    files: PromptFiles,
-    tokenizer: Path,
-    data: CalibrationSet,
-    features: np.ndarray,
-    tiles: Tiles,
-) -> list[np.ndarray]:
-    """inputs_embeds float32 [1, n, width] of every calibration prompt, as the runtime makes them.
+@dataclass(frozen=True)
+class Sample:
+    """A calibration prompt without its pixels.
+
+    Attributes:
+        pictures: indices into `CalibrationSet.paths`, in order, and how each is tiled.
+        instruction: token ids that the connector reads, as many as it has positions for; None where it
+            reads none.
+    """
+
+    token_ids: list[int]
+    pictures: list[tuple[int, TilePlan]]
+    instruction: tuple[int, ...] | None
+
+
+Visual = Callable[[int, Sample], np.ndarray]  # a picture's tile tokens [tiles, tokens, width]
+
+
+def samples(model: Model, files: PromptFiles, folder: Path, data: CalibrationSet) -> list[Sample]:
+    """Every calibration prompt as the runtime builds it.
 
     Args:
-        tokenizer: the bundle's tokenizer.json.
-        features: image_features of every picture, [tiles, tile tokens, width].
-        tiles: which rows are whose.
+        folder: of the bundle, where its tokenizers are.
+
+    Raises:
+        CalibrationError: a prompt that the model cannot take.
     """
-    core = Tokenizer(tokenizer)
-    template = None
+    settings, core = model.prompt, Tokenizer(folder / "tokenizer.json")
+    template = reader = None
     if files.chat_template is not None:
-        template = ChatTemplate(files.chat_template, model.prompt.special_tokens)
-    table, tiler = _Rows(model.embeddings), model.tiler()
-    embeds = []
+        template = ChatTemplate(files.chat_template, settings.special_tokens)
+    if settings.instruction is not None:
+        reader = Tokenizer(folder / settings.instruction.tokenizer)
+    tiler, found = model.tiler(), []
     for prompt in data.prompts:
         images = [data.paths[index] for index in prompt.pictures]
         text, use = prompt.text, template is not None
-        if not use and images:
-            text = f"{model.prompt.image_token}\n" * len(images) + text
+        if not use and images and not settings.visual_tokens_first:
+            text = f"{settings.image_token}\n" * len(images) + text
         try:
-            built = build_prompt(
-                text, images, model.prompt, core, template, tiler, use_template=use
-            )
+            built = build_prompt(text, images, settings, core, template, tiler, use_template=use)
         except PromptError as error:
             raise CalibrationError(f"calibration prompt {prompt.text!r}: {error}") from error
-        ids = np.asarray(built.token_ids, np.int64)
-        parts = [
-            tiler.assemble(picture.plan, features[tiles.of(index)])
-            for index, picture in zip(prompt.pictures, built.pictures, strict=True)
-        ]
-        embeds.append(splice(ids, model.prompt.image_token_id, table, parts))
+        plans = [picture.plan for picture in built.pictures]
+        pictures = list(zip(prompt.pictures, plans, strict=True))
+        instruction = None
+        if reader is not None and settings.instruction is not None:
+            read = reader.encode(built.text.replace(settings.image_token, ""))
+            instruction = tuple(read[: settings.instruction.max_tokens])
+        found.append(Sample(built.token_ids, pictures, instruction))
+    return found
+
+
+def instructions(prompts: Sequence[Sample], tiles: Tiles) -> list[Feed]:
+    """What an instructed connector reads beside each tile: the first prompt about its picture."""
+    first: dict[int, tuple[int, ...]] = {}
+    for prompt in reversed(prompts):
+        if prompt.instruction is not None:
+            first |= dict.fromkeys((index for index, _ in prompt.pictures), prompt.instruction)
+    spare = next(iter(first.values()), ())  # of a picture that no prompt is about
+    return [
+        {"instruction_ids": np.array(first.get(picture, spare), np.int64)}
+        for picture in tiles.picture.tolist()
+    ]
+
+
+def kept_tokens(image_features: np.ndarray, tiles: Tiles) -> Visual:
+    """Visual tokens that a connector gave for every tile, whatever the prompt."""
+    return lambda index, _: image_features[tiles.of(index)]
+
+
+def instructed_tokens(connector: Part, features: np.ndarray, tiles: Tiles, scratch: Path) -> Visual:
+    """Visual tokens that the float connector gives for the vision features and a prompt's instruction."""
+    path = scratch / "connector_instructed.onnx"
+    graphs.save(connector.build(Float()), path)
+    session = open_session(path, "connector", None, frugal=True)
+
+    def visual(index: int, prompt: Sample) -> np.ndarray:
+        rows = np.ascontiguousarray(features[tiles.of(index)])
+        ids = np.array([prompt.instruction] * len(rows), np.int64)
+        found: np.ndarray = session.run(None, {"features": rows, "instruction_ids": ids})[0]
+        return found
+
+    return visual
+
+
+def embedded_prompts(model: Model, prompts: Sequence[Sample], visual: Visual) -> list[np.ndarray]:
+    """inputs_embeds float32 [1, n, width] of every calibration prompt, as the runtime makes them, and no
+    longer than the language model has positions."""
+    table, tiler, most = _Rows(model.embeddings), model.tiler(), model.decoder.max_positions
+    embeds = []
+    for prompt in prompts:
+        tokens = [tiler.assemble(plan, visual(index, prompt)) for index, plan in prompt.pictures]
+        ids = np.asarray(prompt.token_ids, np.int64)
+        embeds.append(splice(ids, model.prompt.image_token_id, table, tokens)[:, :most])
     return embeds
 
 

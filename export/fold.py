@@ -10,6 +10,7 @@ import onnx_ir as ir
 from vlm_edge.export.tensors import StreamedTensor, constant
 
 NORMS = frozenset({"LayerNormalization", "RMSNormalization"})
+READERS = frozenset({"MatMul", "Identity"})  # products, and what observes their input
 
 
 def into_norms(graph: ir.Graph) -> int:
@@ -81,7 +82,12 @@ def into_products(graph: ir.Graph) -> int:
 
 def takes_factors(value: ir.Value) -> bool:
     """Can `into_norms` or `into_products` move a factor of each of its channels into what makes it?
-    (Of a graph in full precision; once quantized, every product's weight has scales.)"""
+    (Of a graph in full precision; once quantized, every product's weight has scales.)
+
+    Not where more than products read it: behind a norm after a sum (OPT-350m) the next sum does too.
+    """
+    if any(node.op_type not in READERS for node in value.consumers()):
+        return False
     producer = value.producer()
     return (producer is not None and producer.op_type in NORMS) or _product_of(value) is not None
 

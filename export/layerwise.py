@@ -1,6 +1,6 @@
 """A decoder's calibration one layer at a time, so that memory is one layer's whatever the model's size.
 
-The states between layers of all calibration prompts lie in a file. Each layer is a small graph in full
+The states between layers of all calibration prompts lie in files. Each layer is a small graph in full
 precision that gives the inputs of its linear layers and the next states.
 """
 
@@ -72,30 +72,28 @@ class Input:
 
 
 class States:
-    """What lies between two layers, of every prompt, in one file; at first the embedded prompts.
+    """What lies between two layers, of every prompt, in files; at first the embedded prompts. Layers may
+    change the width.
 
     Args:
         embeds: inputs_embeds float32 [1, n, width] of every prompt.
-        path: of the file, float32 [positions of all prompts, width].
+        path: of the files, each with its prompt's number before the suffix, float32 [1, n, width].
     """
 
     def __init__(self, embeds: Sequence[np.ndarray], path: Path) -> None:
-        ends = np.cumsum([embed.shape[1] for embed in embeds])
-        shape = (int(ends[-1]), embeds[0].shape[2])
-        self._file = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-        self._spans = [slice(e - x.shape[1], e) for e, x in zip(ends, embeds, strict=True)]
+        self._paths = [path.with_suffix(f".{n}{path.suffix}") for n in range(len(embeds))]
         for index, embed in enumerate(embeds):
             self[index] = embed
 
     def __len__(self) -> int:
-        return len(self._spans)
+        return len(self._paths)
 
     def __getitem__(self, prompt: int) -> np.ndarray:
         """float32 [1, n, width]"""
-        return np.array(self._file[self._spans[prompt]])[None]
+        return np.load(self._paths[prompt])
 
     def __setitem__(self, prompt: int, states: np.ndarray) -> None:
-        self._file[self._spans[prompt]] = states[0]
+        np.save(self._paths[prompt], states)
 
 
 def inputs_by_layer(

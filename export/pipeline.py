@@ -19,10 +19,19 @@ from vlm_edge.errors import SettingError, TemplateError, UnsupportedConfig
 from vlm_edge.export import archs, graphs, lowering, mixed, static, writer
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
-from vlm_edge.export.embedded_prompts import embedded_prompts
+from vlm_edge.export.embedded_prompts import (
+    Sample,
+    Visual,
+    embedded_prompts,
+    instructed_tokens,
+    instructions,
+    kept_tokens,
+    samples,
+)
 from vlm_edge.export.lowering.cpu import Windows
 from vlm_edge.export.memory import PeakMemory
 from vlm_edge.export.model import Model, Part
+from vlm_edge.export.parts import INSTRUCTION
 from vlm_edge.export.precision import Budgets, PrecisionPlan
 from vlm_edge.export.processor import read_processor
 from vlm_edge.export.prompt_files import PromptFiles, read_prompt_files
@@ -125,7 +134,7 @@ def export(
     output = Path(output)
     writer.check_output(output)
     tick("read checkpoint", 0, 1)
-    folder, name = resolve(source, revision)
+    folder, name = resolve(source, revision, arch)
     with PeakMemory() as memory:
         checkpoint, model, prompt = read_model(folder, arch, cache_dtype)
         if tiling is not None:
@@ -186,7 +195,7 @@ def read_model(
         types = ", ".join(module.MODEL_TYPES)
         raise UnsupportedConfig("model_type", model_type, f"--arch {name} reads {types}")
     checkpoint = Checkpoint(folder, module.RENAMES)
-    prompt = read_prompt_files(folder)
+    prompt = read_prompt_files(folder, getattr(module, "INNER_GENERATION", False))
     if prompt.chat_template is not None:
         try:
             ChatTemplate(prompt.chat_template, prompt.special_tokens)
@@ -227,6 +236,9 @@ class _Steps:
 
 def _write_texts(folder: Path, model: Model, prompt: PromptFiles) -> None:
     (folder / "tokenizer.json").write_text(prompt.tokenizer_json, encoding="utf-8")
+    if model.prompt.instruction is not None and prompt.instruction_tokenizer_json is not None:
+        path = folder / model.prompt.instruction.tokenizer
+        path.write_text(prompt.instruction_tokenizer_json, encoding="utf-8")
     if model.newline is not None and isinstance(model.tiling, AnyRes):
         np.save(folder / model.tiling.newline, model.newline.numpy())
     if prompt.chat_template is not None and model.prompt.chat_template is not None:
@@ -280,32 +292,59 @@ def _write_calibrated(
 ) -> None:
     """Parts in pipeline order: each one's float outputs are the next one's inputs, whether or not it
     is quantized itself. The chain ends with the last part that has to be calibrated."""
+    language = [name for name in calibrated if model.parts[name].weight_only]
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=steps.folder) as name_:
         scratch = Path(name_)
-        inputs, tiles = static.pixels(data, model.image, model.tiler(), scratch)
-        for name, part in model.parts.items():
-            if part.weight_only:
-                if name in calibrated:
-                    files = steps.folder / "tokenizer.json"
-                    embeds = embedded_prompts(model, prompt, files, data, inputs, tiles)
-                    kind = precisions[name]
-                    steps.errors[name] = LANGUAGE[kind](
-                        name, part, model.decoder, embeds, data, steps.folder, scratch,
-                        steps.tick, budgets.kl,
-                    )  # fmt: skip
-                    layers = steps.errors[name].get("layers")
-                    steps.entry(name, part, mixed.precision_of(layers) if layers else kind)
-                break
-            floats = static.run_float(name, part, inputs, tiles, scratch, steps.tick)
-            if name in calibrated:
-                steps.errors[name] = static.write_int8(
-                    name, part, floats, tiles, tried, budgets.max_error, steps.folder, scratch,
-                    steps.tick,
-                )  # fmt: skip
-                steps.entry(name, part, mixed.precision_of(steps.errors[name]["layers"]))
-            inputs = floats.outputs
-            if name == calibrated[-1]:
-                break
+        prompts = list[Sample]()
+        if language or model.prompt.instruction is not None:
+            prompts = samples(model, prompt, steps.folder, data)
+        visual = _write_images(steps, model, calibrated, prompts, data, tried, budgets, scratch)
+        if not language:
+            return
+        embeds = embedded_prompts(model, prompts, visual)
+        for name in language:
+            part, kind = model.parts[name], precisions[name]
+            steps.errors[name] = LANGUAGE[kind](
+                name, part, model.decoder, embeds, data, steps.folder, scratch,
+                steps.tick, budgets.kl,
+            )  # fmt: skip
+            layers = steps.errors[name].get("layers")
+            steps.entry(name, part, mixed.precision_of(layers) if layers else kind)
+
+
+def _write_images(
+    steps: _Steps,
+    model: Model,
+    calibrated: list[str],
+    prompts: list[Sample],
+    data: CalibrationSet,
+    tried: tuple[str, ...],
+    budgets: Budgets,
+    scratch: Path,
+) -> Visual:
+    """Vision encoder and connector; what they give, in float, for a picture of the data."""
+    inputs, tiles = static.pixels(data, model.image, model.tiler(), scratch)
+    visual: Visual = kept_tokens(inputs, tiles)
+    for name, part in model.parts.items():
+        if part.weight_only:
+            break
+        instructed = INSTRUCTION in part.interface.inputs
+        if instructed:
+            visual = instructed_tokens(part, inputs, tiles, scratch)
+        extras = instructions(prompts, tiles) if instructed else None
+        floats = static.run_float(name, part, inputs, tiles, scratch, steps.tick, extras)
+        if name in calibrated:
+            steps.errors[name] = static.write_int8(
+                name, part, floats, tiles, tried, budgets.max_error, steps.folder, scratch,
+                steps.tick,
+            )  # fmt: skip
+            steps.entry(name, part, mixed.precision_of(steps.errors[name]["layers"]))
+        inputs = floats.outputs
+        if not instructed:
+            visual = kept_tokens(inputs, tiles)
+        if name == calibrated[-1]:
+            break
+    return visual
 
 
 def _audit(

@@ -53,6 +53,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlavaNextImageProcessor": _CLIP | {"image_grid_pinpoints": PINPOINTS},
     "BitImageProcessor": _CLIP,
     "SiglipImageProcessor": _BASE | _HALF | {"default_to_square": False, "resample": 3},
+    "BlipImageProcessor": _BASE
+    | {
+        "size": {"height": 384, "width": 384},
+        "resample": 3,
+        "image_mean": _CLIP["image_mean"],
+        "image_std": _CLIP["image_std"],
+    },
     "ViTImageProcessor": _BASE | _HALF | {"resample": 2},
     **dict.fromkeys(processor_split.KINDS, processor_split.DEFAULTS),
 }
@@ -66,7 +73,8 @@ _IGNORED = {
 }  # fmt: skip
 _OUTER = {
     "auto_map", "chat_template", "image_processor", "image_token", "num_additional_image_tokens",
-    "patch_size", "processor_class", "vision_feature_select_strategy",
+    "num_query_tokens", "patch_size", "processor_class", "qformer_tokenizer",
+    "vision_feature_select_strategy",
 }  # fmt: skip
 _OUTER_SPLIT = _OUTER | {"image_seq_len", "video_processor"}
 
@@ -91,6 +99,7 @@ class Processor:
     image_seq_len: int | None  # places of a tile in the prompt
     patch_size: int | None  # pixels
     num_additional_image_tokens: int | None
+    num_query_tokens: int | None  # places of a picture in the prompt (BLIP-2)
     vision_feature_select_strategy: str | None
     image_token: str | None
     processor_class: str | None
@@ -154,13 +163,23 @@ def read_processor(folder: Path) -> Processor:
         image_seq_len=outer.typed("image_seq_len", int),
         patch_size=outer.typed("patch_size", int),
         num_additional_image_tokens=outer.typed("num_additional_image_tokens", int),
+        num_query_tokens=outer.typed("num_query_tokens", int),
         vision_feature_select_strategy=outer.typed("vision_feature_select_strategy", str),
-        image_token=outer.typed("image_token", str),
+        image_token=_token(outer),
         processor_class=outer.typed("processor_class", str) or inner.typed("processor_class", str),
         chat_template=outer.typed("chat_template", str),
     )
     outer.only(_OUTER if split is None else _OUTER_SPLIT)
     return processor
+
+
+def _token(outer: _Keys) -> str | None:
+    """The placeholder: a text, or an AddedToken's fields."""
+    value = outer.get("image_token")
+    if isinstance(value, dict) and isinstance(value.get("content"), str):
+        return str(value["content"])
+    found: str | None = outer.typed("image_token", str)
+    return found
 
 
 def square_output(settings: ImageSettings, where: str = "") -> tuple[int, int]:

@@ -71,6 +71,7 @@ class PromptFiles:
         repetition_penalty: 1.0 where generation_config.json says nothing.
         image_token: the placeholder, None where neither processor nor vocabulary has one.
         image_token_id: its id.
+        instruction_tokenizer_json: of the connector's own tokenizer, None where there is none.
     """
 
     tokenizer_json: str
@@ -80,10 +81,21 @@ class PromptFiles:
     repetition_penalty: float
     image_token: str | None
     image_token_id: int | None
+    instruction_tokenizer_json: str | None = None
 
 
-def read_prompt_files(folder: Path) -> PromptFiles:
+# eos_token_id of a text_config that says none, by model_type.
+EOS: dict[str, int | None] = {"llama": 2, "mistral": 2, "opt": 2, "t5": 1}
+# Their processors add the placeholder to a tokenizer that lacks it.
+ADDS_IMAGE_TOKEN = ("blip-2", "instructblip")
+
+
+def read_prompt_files(folder: Path, inner_generation: bool = False) -> PromptFiles:
     """Read everything about text from a Hugging Face checkpoint folder.
+
+    Args:
+        inner_generation: `generate` is the language model's own and takes its defaults from text_config;
+            generation_config.json belongs to the whole and is not read (BLIP-2).
 
     Raises:
         CheckpointMissing: there is no tokenizer.json, or a file is not readable.
@@ -92,13 +104,9 @@ def read_prompt_files(folder: Path) -> PromptFiles:
     config = _optional(folder / "config.json")
     settings = _optional(folder / "tokenizer_config.json")
     processor = _optional(folder / "processor_config.json")
-    core = _open_tokenizer(folder)
-    _refuse_tokenizer(core, settings)
-    special_tokens = _merge_tokens(core, folder, settings)
-    core.no_truncation()
-    core.no_padding()
-    generation = _generation(folder, config)
-    token, token_id = _image_token(core, special_tokens, processor, config)
+    core, special_tokens = _read_tokenizer(folder, settings)
+    generation = _inner_generation(config) if inner_generation else _generation(folder, config)
+    token, token_id = _image_token(core, special_tokens, processor, config)  # may add it to `core`
     return PromptFiles(
         tokenizer_json=core.to_str(),
         chat_template=_chat_template(folder, settings, processor),
@@ -107,6 +115,7 @@ def read_prompt_files(folder: Path) -> PromptFiles:
         repetition_penalty=_penalty(generation),
         image_token=token,
         image_token_id=token_id,
+        instruction_tokenizer_json=_instruction_tokenizer(folder / "qformer_tokenizer"),
     )
 
 
@@ -115,6 +124,25 @@ def _optional(path: Path) -> dict[str, Any]:
 
 
 # -- the tokenizer ----------------------------------------------------------------------------
+
+
+def _read_tokenizer(
+    folder: Path, settings: Mapping[str, Any]
+) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """The tokenizer as transformers completes it, and its named special tokens."""
+    core = _open_tokenizer(folder)
+    _refuse_tokenizer(core, settings)
+    special_tokens = _merge_tokens(core, folder, settings)
+    core.no_truncation()
+    core.no_padding()
+    return core, special_tokens
+
+
+def _instruction_tokenizer(folder: Path) -> str | None:
+    """InstructBlipProcessor's second tokenizer, which lies in a folder of its own."""
+    if not folder.is_dir():
+        return None
+    return str(_read_tokenizer(folder, _optional(folder / "tokenizer_config.json"))[0].to_str())
 
 
 def _open_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -251,6 +279,13 @@ def _generation(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def _inner_generation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 5 takes from text_config for a language model within another model: its ids
+    alone (GenerationConfig.from_model_config)."""
+    text = config.get("text_config") or {}
+    return {"eos_token_id": text.get("eos_token_id", EOS.get(text.get("model_type", "opt")))}
+
+
 def _penalty(generation: Mapping[str, Any]) -> float:
     value = generation.get("repetition_penalty")
     value = 1.0 if value is None else value
@@ -280,6 +315,9 @@ def _image_token(
     found: int | None = core.token_to_id(token)
     key = "image_token_id" if config.get("image_token_id") is not None else "image_token_index"
     wanted = config.get(key)
+    if found is None and wanted is None and config.get("model_type") in ADDS_IMAGE_TOKEN:
+        core.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        found = core.token_to_id(token)
     if named is None and found is None and isinstance(wanted, int):
         token, found = core.id_to_token(wanted) or token, wanted
     if found is None and named is None:

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, the Hugging Face Hub, or the built-in demo model."""
+"""Where a checkpoint comes from: a folder, the Hugging Face Hub, or a built-in demo model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,25 @@ SMALL_FILES = [
 ]  # fmt: skip
 
 
-def resolve(source: str | Path | None, revision: str | None = None) -> tuple[Path, str]:
+def resolve(
+    source: str | Path | None, revision: str | None = None, arch: str | None = None
+) -> tuple[Path, str]:
     """The checkpoint's folder, fetched if need be, and a name for it without any path of the machine.
+
+    Args:
+        source: a folder, a Hub name, or None for the demo model.
+        revision: of a Hub repository.
+        arch: which demo model; None is the LLaVA. A checkpoint says itself what it is.
 
     Raises:
         CheckpointMissing: there is no such folder or repository, or the Hub cannot be reached.
         DemoPartsMissing: no source, and the demo model's packages are not installed.
+        SettingError: no source, and the architecture has no demo model.
     """
     if source is None:
         from vlm_edge.export import demo
 
-        return demo.assemble(), "vlm-edge demo"
+        return demo.assemble(arch or demo.DEFAULT), "vlm-edge demo"
     folder = Path(source)
     if folder.is_dir():
         return folder, folder.resolve().name

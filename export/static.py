@@ -6,7 +6,7 @@ part sees the inputs it will see when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -43,6 +43,7 @@ Method = Literal[
     "auto", "minmax", "average", "percentile", "entropy", "mse", "smooth-65", "smooth-80"
 ]
 Progress = Callable[[str, int, int], Any]
+Feed = Mapping[str, np.ndarray]  # a part's inputs, by name
 # Relative error of features up to which layers stay in INT8: encoders measured have a cosine above
 # 0.999 to full precision with it (errors at right angles to the features: 1 - 0.04 ** 2 / 2).
 MAX_ERROR = 0.04
@@ -65,16 +66,37 @@ def methods(method: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Feeds:
+    """What a part is run on, one tile at a time.
+
+    Attributes:
+        name: of the input that has a row a tile.
+        rows: [tiles, ...], mapped.
+        extras: the part's other inputs of each tile, without the axis of tiles; their sizes may differ
+            from tile to tile.
+    """
+
+    name: str
+    rows: np.ndarray
+    extras: Sequence[Feed]
+
+    def __getitem__(self, tile: int) -> dict[str, np.ndarray]:
+        own = {self.name: np.ascontiguousarray(self.rows[tile]), **self.extras[tile]}
+        return {name: values[None] for name, values in own.items()}
+
+
+@dataclass(frozen=True)
 class Floats:
     """A part run in full precision over all calibration pictures.
 
     Attributes:
-        inputs, outputs: memory-mapped files [tiles, ...].
+        feeds: its inputs.
+        outputs: memory-mapped file [tiles, ...].
         ranges: of the linear layers' inputs, over the tiles that are not held out.
         layers: the linear layers, with their weights.
     """
 
-    inputs: np.ndarray
+    feeds: Feeds
     outputs: np.ndarray
     ranges: Ranges
     layers: Observer
@@ -153,9 +175,15 @@ def run_float(
     tiles: Tiles,
     scratch: Path,
     progress: Progress,
+    extras: Sequence[Feed] | None = None,
 ) -> Floats:
     """Run `part` in full precision over `inputs` [tiles, ...], one tile at a time; or take what
     an earlier run of the same graph over the same inputs found (`calibration.cache`).
+
+    Args:
+        inputs: of the part's first input.
+        extras: its other inputs, as `Feeds` has them; None where it has none. Small: the cache's key
+            spells them out.
 
     Raises:
         CalibrationError: an activation or an output is not a finite number.
@@ -167,16 +195,25 @@ def run_float(
     weights = path.with_suffix(".data")
     graphs.save(model, path)
     files = {file.name: file for file in (path, weights) if file.is_file()}
-    key = cache.key(files, inputs, held_out=tiles.held_out, onnxruntime=onnxruntime.__version__)
+    feeds = Feeds(part.interface.inputs[0].name, inputs, extras or [{}] * len(inputs))
+    key = cache.key(
+        files,
+        inputs,
+        extras=[
+            {name: values.tolist() for name, values in extra.items()} for extra in feeds.extras
+        ],
+        held_out=tiles.held_out,
+        onnxruntime=onnxruntime.__version__,
+    )
     kept = cache.load(key)
     if kept is not None:
         progress(f"calibrate {name}", len(inputs), len(inputs))
         ranges, outputs = kept
     else:
-        ranges, outputs = _observe(name, part, path, observer, inputs, tiles, progress)
+        ranges, outputs = _observe(name, part, path, observer, feeds, tiles, progress)
         cache.keep(key, ranges, outputs)
     weights.unlink(missing_ok=True)
-    return Floats(inputs, outputs, ranges, observer)
+    return Floats(feeds, outputs, ranges, observer)
 
 
 def _observe(
@@ -184,15 +221,15 @@ def _observe(
     part: Part,
     path: Path,
     observer: Observer,
-    inputs: np.ndarray,
+    feeds: Feeds,
     tiles: Tiles,
     progress: Progress,
 ) -> tuple[Ranges, np.ndarray]:
     """The ranges of the graph at `path`, and its outputs in a mapped file beside it."""
-    (source,), (target,) = part.interface.inputs, part.interface.outputs
+    (target,), count = part.interface.outputs, len(feeds.rows)
     statistics, held_out = Statistics(), set(tiles.held_out)
     outputs: np.ndarray | None = None
-    for index, produced in enumerate(_runs(path, name, source.name, inputs)):
+    for index, produced in enumerate(_runs(path, name, (feeds[i] for i in range(count)))):
         if index not in held_out:
             statistics.add(produced)
         features = produced[target.name]
@@ -204,10 +241,10 @@ def _observe(
             )
         if outputs is None:
             outputs = np.lib.format.open_memmap(
-                path.with_name(f"{name}.npy"), "w+", np.float32, (len(inputs), *features.shape[1:])
+                path.with_name(f"{name}.npy"), "w+", np.float32, (count, *features.shape[1:])
             )
         outputs[index] = features[0]
-        progress(f"calibrate {name}", index + 1, len(inputs))
+        progress(f"calibrate {name}", index + 1, count)
     assert outputs is not None  # a calibration set is never empty
     return statistics.ranges(observer.readers), outputs
 
@@ -239,7 +276,7 @@ def write_int8(
     """
     path = folder / f"{name}.onnx"
     held_out = tiles.held_out
-    (source,), (target,) = part.interface.inputs, part.interface.outputs
+    (target,) = part.interface.outputs
 
     @lru_cache(maxsize=1)  # what was written last lies there
     def write(method: str, exact: frozenset[str]) -> dict[str, float]:
@@ -250,7 +287,7 @@ def write_int8(
         (folder / f"{name}.cpu.onnx").unlink(missing_ok=True)
         graphs.save(model, path, lambda done, of: progress(f"write {name} int8", done, of))
         lowered = path.with_name(cpu.lower(path) or path.name)  # all in float: nothing to lower
-        runs = _runs(lowered, name, source.name, floats.inputs[held_out])
+        runs = _runs(lowered, name, (floats.feeds[index] for index in held_out))
         error = feature_error(
             (produced[target.name], floats.outputs[index])
             for index, produced in zip(held_out, runs, strict=True)
@@ -269,10 +306,7 @@ def write_int8(
         name,
         part.build,
         lambda: floats.quantizer(best),
-        [
-            {source.name: np.ascontiguousarray(floats.inputs[i])[None]}
-            for i in evenly(held_out, JUDGES)
-        ],
+        [floats.feeds[index] for index in evenly(held_out, JUDGES)],
         target.name,
         RELATIVE,
         scratch,
@@ -286,10 +320,8 @@ def write_int8(
     return {**said, **error, "max_error": budget, "layers": report}
 
 
-def _runs(path: Path, name: str, feed: str, inputs: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+def _runs(path: Path, name: str, feeds: Iterable[Feed]) -> Iterator[dict[str, np.ndarray]]:
     session = open_session(path, name, None, frugal=True)
     names = [output.name for output in session.get_outputs()]
-    for row in inputs:
-        yield dict(
-            zip(names, session.run(names, {feed: np.ascontiguousarray(row)[None]}), strict=True)
-        )
+    for feed in feeds:
+        yield dict(zip(names, session.run(names, dict(feed)), strict=True))

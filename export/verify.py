@@ -123,7 +123,9 @@ def _probes(vlm: VLM, images: Sequence[Path] | None, prompt: str | None) -> list
     pictures = tuple(Path(image) for image in images) if images is not None else (PICTURE,)
     # Of overlapping tiles the checkpoint knows nothing; their overview is its single tile.
     limits = TileLimits(max_tiles=1) if _overlapping(vlm.manifest) else UNLIMITED
-    places = "" if template else f"{vlm.manifest.prompt.image_token}\n" * len(pictures)
+    asked = vlm.manifest.prompt
+    first = template or asked.visual_tokens_first  # the template or the processor makes the places
+    places = "" if first else f"{asked.image_token}\n" * len(pictures)
     probes = [Probe("text", prompt or QUESTIONS["text"], (), template)]
     if pictures:
         text = places + (prompt or QUESTIONS["picture"])

@@ -23,9 +23,9 @@ void attention(const AttentionShape& shape, const float* q, const float* k, cons
   run({shape, q, k, v, y, keys, nullptr, nullptr}, parallel);
 }
 
-void cached_attention(const AttentionShape& shape, const Rotary& rotary, const float* q, const float* k,
+void cached_attention(const AttentionShape& shape, const Rotary* rotary, const float* q, const float* k,
                       const float* v, const Cache& cache, float* y, const ParallelFor& parallel) {
-  run({shape, q, k, v, y, 0, &rotary, &cache}, parallel);
+  run({shape, q, k, v, y, 0, rotary, &cache}, parallel);
 }
 
 }  // namespace vlm_edge

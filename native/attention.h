@@ -51,9 +51,9 @@ struct Cache {
 void attention(const AttentionShape& shape, const float* q, const float* k, const float* v,
                int64_t keys, float* y, const ParallelFor& parallel);
 
-// Rotates q and k, writes k and v into the cache, and attends causally to the cache.
+// Rotates q and k (rotary null: not), writes k and v into the cache, and attends causally to the cache.
 // k, v: [batch, queries, kv_heads * head_dim]. Needs start[b] + queries <= capacity.
-void cached_attention(const AttentionShape& shape, const Rotary& rotary, const float* q, const float* k,
+void cached_attention(const AttentionShape& shape, const Rotary* rotary, const float* q, const float* k,
                       const float* v, const Cache& cache, float* y, const ParallelFor& parallel);
 
 }  // namespace vlm_edge

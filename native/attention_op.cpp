@@ -9,6 +9,8 @@
 namespace vlm_edge {
 namespace {
 
+constexpr size_t kCos = 3, kSin = 4;  // inputs of CachedAttention
+
 void require_shape(const char* name, const Tensor& tensor, const Dims& expected) {
   require(tensor.dims == expected,
           std::string(name) + " must be " + text(expected) + ", and is " + text(tensor.dims));
@@ -73,8 +75,8 @@ void Attention::compute(const Call& call) const {
             call.parallel_for());
 }
 
-const std::vector<Operand> CachedAttention::kInputs = {{kFloat}, {kFloat}, {kFloat}, {kFloat},
-                                                       {kFloat}, {kFloat}, {kFloat}, {kInt64}};
+const std::vector<Operand> CachedAttention::kInputs = {
+    {kFloat}, {kFloat}, {kFloat}, {kFloat, kOptional}, {kFloat, kOptional}, {kFloat}, {kFloat}, {kInt64}};
 const std::vector<Operand> CachedAttention::kOutputs = {{kFloat}, {kFloat}, {kFloat}};
 
 void CachedAttention::infer(const Shapes& shapes) {
@@ -87,14 +89,17 @@ CachedAttention::CachedAttention(const Node& node)
     : heads_(node),
       rotary_dim_(node.attribute("rotary_dim", int64_t{0})),
       window_(node.attribute("window", int64_t{0})),
-      interleaved_(node.attribute("interleaved", int64_t{0}) != 0) {
+      interleaved_(node.attribute("interleaved", int64_t{0}) != 0),
+      rotates_(node.has(kCos)) {
+  require(rotates_ == node.has(kSin), "cos and sin must both be there, or neither");
   require(rotary_dim_ >= 0 && rotary_dim_ % 2 == 0,
           "rotary_dim must be even, and is " + std::to_string(rotary_dim_));
   require(window_ >= 0, "window must not be negative, and is " + std::to_string(window_));
 }
 
-const std::vector<Operand> CachedAttentionInt8::kInputs = {{kFloat}, {kFloat}, {kFloat}, {kFloat}, {kFloat},
-                                                           {kInt8},  {kInt8},  {kInt64}, {kFloat}, {kFloat}};
+const std::vector<Operand> CachedAttentionInt8::kInputs = {
+    {kFloat}, {kFloat}, {kFloat}, {kFloat, kOptional}, {kFloat, kOptional},
+    {kInt8},  {kInt8},  {kInt64}, {kFloat}, {kFloat}};
 const std::vector<Operand> CachedAttentionInt8::kOutputs = {{kFloat}, {kInt8}, {kInt8}, {kFloat}, {kFloat}};
 
 void CachedAttentionInt8::infer(const Shapes& shapes) {
@@ -105,13 +110,9 @@ void CachedAttentionInt8::infer(const Shapes& shapes) {
   same_shape(shapes, 4, 9);
 }
 
-void CachedAttention::run(const Call& call, bool rounded) const {
-  const Tensor q = call.input(0), k = call.input(1), v = call.input(2), cos = call.input(3),
-               sin = call.input(4), past_key = call.input(5), past_value = call.input(6),
-               start = call.input(7);
-  const AttentionShape shape = heads_.shape(q, k, v);
-  require(k.dims[1] == shape.queries, "k must have as many tokens as q, and their shapes are " +
-                                          text(k.dims) + " and " + text(q.dims));
+// cos and sin as they rotate tokens of this shape.
+Rotary CachedAttention::rotary(const Call& call, const AttentionShape& shape) const {
+  const Tensor cos = call.input(kCos), sin = call.input(kSin);
   const int64_t rotated = rotary_dim_ ? rotary_dim_ : shape.head_dim;
   require(rotated % 2 == 0 && rotated <= shape.head_dim,
           "rotary_dim must be even and at most head_dim, and they are " + std::to_string(rotated) + " and " +
@@ -119,6 +120,16 @@ void CachedAttention::run(const Call& call, bool rounded) const {
   const bool batched = !cos.dims.empty() && cos.dims[0] == shape.batch;
   require_shape("cos", cos, {batched ? shape.batch : 1, shape.queries, rotated / 2});
   require_shape("sin", sin, cos.dims);
+  return {cos.as<float>(), sin.as<float>(), rotated / 2, batched, interleaved_};
+}
+
+void CachedAttention::run(const Call& call, bool rounded) const {
+  const Tensor q = call.input(0), k = call.input(1), v = call.input(2), past_key = call.input(5),
+               past_value = call.input(6), start = call.input(7);
+  const AttentionShape shape = heads_.shape(q, k, v);
+  require(k.dims[1] == shape.queries, "k must have as many tokens as q, and their shapes are " +
+                                          text(k.dims) + " and " + text(q.dims));
+  const Rotary rotation = rotates_ ? rotary(call, shape) : Rotary{};
   require(past_key.dims.size() == 4, "past_key must be [batch, kv_heads, capacity, head_dim], and is " +
                                          text(past_key.dims));
   const int64_t capacity = past_key.dims[2];
@@ -147,8 +158,7 @@ void CachedAttention::run(const Call& call, bool rounded) const {
       arrays[i]->floats = present_of<float>(call, 1 + i, *past[i], parallel);
     }
   }
-  cached_attention(shape, {cos.as<float>(), sin.as<float>(), rotated / 2, batched, interleaved_},
-                   q.as<float>(), k.as<float>(), v.as<float>(),
+  cached_attention(shape, rotates_ ? &rotation : nullptr, q.as<float>(), k.as<float>(), v.as<float>(),
                    cache, call.output<float>(0, q.dims), parallel);
 }
 

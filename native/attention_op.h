@@ -6,12 +6,12 @@
 //   Every query sees every key.
 //
 //   CachedAttention(q [b, s, heads * hd], k [b, s, kv_heads * hd], v [b, s, kv_heads * hd],
-//                   cos [b or 1, s, r / 2], sin [b or 1, s, r / 2],
+//                   cos [b or 1, s, r / 2]?, sin [b or 1, s, r / 2]?,
 //                   past_key [b, kv_heads, capacity, hd], past_value [same], start int64 [b])
 //     -> (y [b, s, heads * hd], present_key [as past_key], present_value [same])
-//   Rotates q and k as ONNX's RotaryEmbedding-23, writes k and v at start .. start + s - 1 and attends:
-//   query i sees the positions up to start + i, the last `window` of them. Where past and present are one
-//   OrtValue nothing is copied; otherwise the past is copied first.
+//   Rotates q and k as ONNX's RotaryEmbedding-23 if cos and sin are given, writes k and v at
+//   start .. start + s - 1 and attends: query i sees the positions up to start + i, the last `window` of
+//   them. Where past and present are one OrtValue nothing is copied; otherwise the past is copied first.
 //
 //   CachedAttentionInt8(q, k, v, cos, sin, past_key int8, past_value int8, start,
 //                       past_key_scale [b, kv_heads, capacity, 1], past_value_scale [same])
@@ -67,9 +67,11 @@ class CachedAttention {
   void run(const Call& call, bool rounded) const;
 
  private:
+  Rotary rotary(const Call& call, const AttentionShape& shape) const;
+
   HeadAttributes heads_;
   int64_t rotary_dim_, window_;
-  bool interleaved_;
+  bool interleaved_, rotates_;
 };
 
 class CachedAttentionInt8 : public CachedAttention {

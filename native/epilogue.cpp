@@ -56,6 +56,7 @@ ALWAYS_INLINE __m512 activate(__m512 x) {
     return times_sigmoid(x, _mm512_mul_ps(x, slope));
   }
   if (kActivation == Activation::kQuickGelu) return times_sigmoid(x, _mm512_mul_ps(x, _mm512_set1_ps(1.702f)));
+  if (kActivation == Activation::kRelu) return _mm512_max_ps(_mm512_setzero_ps(), x);  // x where it is NaN
   return x;
 }
 
@@ -86,7 +87,7 @@ void finish_with(const Epilogue& epilogue, size_t rows, size_t columns, const fl
 void finish(const Epilogue& epilogue, size_t rows, size_t columns, const float* product, size_t stride, Matrix y) {
   constexpr decltype(&finish_with<Activation::kNone>) kWays[] = {
       finish_with<Activation::kNone>, finish_with<Activation::kGelu>, finish_with<Activation::kGeluTanh>,
-      finish_with<Activation::kQuickGelu>};
+      finish_with<Activation::kQuickGelu>, finish_with<Activation::kRelu>};
   kWays[int(epilogue.activation)](epilogue, rows, columns, product, stride, y);
 }
 

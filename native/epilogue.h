@@ -5,7 +5,7 @@
 
 namespace vlm_edge {
 
-enum class Activation { kNone, kGelu, kGeluTanh, kQuickGelu };
+enum class Activation { kNone, kGelu, kGeluTanh, kQuickGelu, kRelu };
 
 struct Matrix {
   float* data;

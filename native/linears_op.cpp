@@ -2,6 +2,7 @@
 
 #include "linears_op.h"
 
+#include <iterator>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -13,11 +14,11 @@ constexpr size_t kNorm = 1, kNormBias = 2, kFactor = 3, kResidual = 4, kFirstWei
 constexpr size_t kMost = 3;  // weights
 
 Activation activation_of(const std::string& name) {
-  const char* const names[] = {"", "gelu", "gelu_tanh", "quick_gelu"};  // as the enumeration
-  for (int i = 0; i < 4; ++i)
+  const char* const names[] = {"", "gelu", "gelu_tanh", "quick_gelu", "relu"};  // as the enumeration
+  for (size_t i = 0; i < std::size(names); ++i)
     if (name == names[i]) return Activation(i);
-  throw std::invalid_argument("activation must be \"gelu\", \"gelu_tanh\", \"quick_gelu\" or empty, and is \"" +
-                              name + "\"");
+  throw std::invalid_argument(
+      "activation must be \"gelu\", \"gelu_tanh\", \"quick_gelu\", \"relu\" or empty, and is \"" + name + "\"");
 }
 
 Linear read_layer(const Node& node, size_t first, int64_t bits) {

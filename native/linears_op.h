@@ -10,7 +10,7 @@
 //            too, it is layer-normalised.
 //   clip: magnitude beyond which what the layers read (after the norm) is clipped when a token is
 //          rounded; 0: none.
-//   activation: "gelu" (exact), "gelu_tanh", "quick_gelu" or "".
+//   activation: "gelu" (exact), "gelu_tanh", "quick_gelu", "relu" or "".
 //   gate: "silu": two weights and one output, silu(first) * second. "": an output for each weight.
 //
 // activation, then factor, then residual follow the product of a single weight. All but x and residual

@@ -15,13 +15,13 @@ class Instruction:
     tokenizer: Tokenizer
     max_tokens: int
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a prompt's text, with the tokenizer's own special tokens around it.
+    def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a prompt's text; `add_special_tokens` as the prompt's own tokenizer is told.
 
         Raises:
             PromptError: there are more than the connector has positions for.
         """
-        ids = self.tokenizer.encode(text)
+        ids = self.tokenizer.encode(text, add_special_tokens)
         if len(ids) > self.max_tokens:
             raise PromptError(
                 f"the prompt's text is {len(ids)} tokens to the connector, which takes at most "

@@ -48,7 +48,8 @@ class BuiltPrompt:
         text: what the template made of it, one placeholder per image.
         token_ids: with one place per visual token where the placeholders stood, or first of all.
         pictures: in the order of their placeholders.
-        instruction: the text without placeholders as the connector's own tokens, where it reads any.
+        instruction: the text without placeholders as the connector's own tokens, where there are pictures
+            and it reads any.
     """
 
     text: str
@@ -135,8 +136,8 @@ def build_prompt(
         expanded = _expand(text, settings.image_token, places)
         ids = tokenizer.encode(expanded, add_special_tokens=special)
     read = None
-    if instruction is not None:
-        read = instruction.encode(text.replace(settings.image_token, ""))
+    if instruction is not None and pictures:
+        read = instruction.encode(text.replace(settings.image_token, ""), special)
     built = BuiltPrompt(text, ids, pictures, read)
     if ids.count(settings.image_token_id) != built.visual_tokens:
         raise VisualTokenMismatch(ids.count(settings.image_token_id), built.terms)

@@ -70,6 +70,7 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # of float64
     "gelu": lambda x: x * np.vectorize(lambda v: math.erfc(-v / math.sqrt(2)) / 2, [float])(x),
     "gelu_tanh": lambda x: x * sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x**3)),
     "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "relu": lambda x: np.maximum(x, 0),
 }
 
 

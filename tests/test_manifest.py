@@ -193,7 +193,7 @@ def test_every_value_of_another_type_is_named(real: dict[str, Any]) -> None:
         ('{"format": 1}', BundleFormatMismatch, "format 1"),
         ('{"format": "2"}', BundleFormatMismatch, "format '2'"),
         ('{"format": true}', BundleFormatMismatch, "format True"),
-        ('{"format": 2}', BundleDamaged, "missing key producer"),
+        ('{"format": 3}', BundleDamaged, "missing key producer"),
     ],
 )
 def test_what_is_no_manifest_is_refused(text: str, error: Any, said: str, tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ class Case:
     interleaved: int = 0
     window: int = 0
     shared_rotation: bool = False  # cos and sin with a batch of 1
+    rotates: bool = True  # else there are neither
 
     @property
     def rotated(self) -> int:
@@ -175,12 +176,12 @@ OUTPUTS = ("y", "present_key", "present_value")
 def cached_inputs(case: Case) -> dict[str, Any]:
     kv, f = case.kv_heads * case.head_dim, TensorProto.FLOAT
     past = (f, ["b", case.kv_heads, "c", case.head_dim])
+    rotation = (f, ["rotations", "s", case.rotated // 2])
     return {
         "q": (f, ["b", "s", case.heads * case.head_dim]),
         "k": (f, ["b", "s", kv]),
         "v": (f, ["b", "s", kv]),
-        "cos": (f, ["rotations", "s", case.rotated // 2]),
-        "sin": (f, ["rotations", "s", case.rotated // 2]),
+        **({"cos": rotation, "sin": rotation} if case.rotates else {}),
         "past_key": past,
         "past_value": past,
         "start": (TensorProto.INT64, ["b"]),
@@ -189,9 +190,10 @@ def cached_inputs(case: Case) -> dict[str, Any]:
 
 def ours(case: Case, threads: int = 2) -> Any:
     inputs = cached_inputs(case)
+    names = ["q", "k", "v", "cos", "sin", "past_key", "past_value", "start"]
     node = helper.make_node(
         "CachedAttention",
-        list(inputs),
+        [name if name in inputs else "" for name in names],
         list(OUTPUTS),
         domain="vlm_edge",
         num_heads=case.heads,
@@ -220,6 +222,8 @@ def standard(case: Case) -> Any:
         ]
 
     def rotate(name: str) -> onnx.NodeProto:
+        if not case.rotates:
+            return helper.make_node("Identity", [f"{name}_heads"], [f"{name}_rotated"])
         return helper.make_node(
             "RotaryEmbedding",
             [f"{name}_heads", "cos", "sin"],
@@ -260,8 +264,7 @@ def feed_of(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
         "q": random(rng, batch, case.queries, case.heads * case.head_dim),
         "k": random(rng, batch, case.queries, kv),
         "v": random(rng, batch, case.queries, kv),
-        "cos": np.cos(angles),
-        "sin": np.sin(angles),
+        **({"cos": np.cos(angles), "sin": np.sin(angles)} if case.rotates else {}),
         "past_key": random(rng, *past),
         "past_value": random(rng, *past),
         "start": np.array(case.starts, dtype=np.int64),
@@ -287,6 +290,8 @@ SHAPES = [
     Case(5, 1, 8, 1, (129, 0, 64), 400, window=128),
     Case(6, 2, 96, 1, (511,), 800, rotary_dim=2),
     Case(2, 2, 22, 1, (256,), 500, window=1),
+    Case(32, 32, 80, 1, (40,), 300, rotates=False),  # OPT-2.7B
+    Case(5, 5, 7, 1, (0, 130), 400, rotates=False),
 ]
 
 
@@ -296,8 +301,10 @@ def test_cached_attention(shape: Case, queries: int) -> None:
     case = replace(shape, queries=queries)
     feed = feed_of(case)
     y, key, value = ours(case).run(None, feed)
-    rotations = {name: np.repeat(feed[name], len(case.starts), 0) for name in ("cos", "sin")}
-    reference = {**feed, **(rotations if case.shared_rotation else {}), "mask": mask_of(case)}
+    reference = {**feed, "mask": mask_of(case)}
+    if case.shared_rotation:
+        for name in ("cos", "sin"):
+            reference[name] = np.repeat(feed[name], len(case.starts), 0)
     expected = standard(case).run(None, reference)
     np.testing.assert_allclose(key, expected[1], atol=1e-6)
     np.testing.assert_array_equal(value, expected[2])
@@ -397,3 +404,14 @@ def test_errors_name_the_input() -> None:
         attention_sessions(3, 2, 8, 1.0)
     with pytest.raises(Exception, match="rotary_dim must be even"):
         ours(replace(case, rotary_dim=3))
+
+
+def test_a_rotation_is_whole_or_absent() -> None:
+    case = Case(4, 2, 64, 3, (0,), 10)
+    inputs = cached_inputs(case)
+    names = ["q", "k", "v", "cos", "", "past_key", "past_value", "start"]
+    node = helper.make_node(
+        "CachedAttention", names, list(OUTPUTS), domain="vlm_edge", num_heads=4, kv_num_heads=2
+    )
+    with pytest.raises(Exception, match="cos and sin must both be there, or neither"):
+        session([node], inputs, OUTPUTS)

@@ -457,7 +457,7 @@ X = (1, 8)
         (model(ONE * 2, X, gate="silu", outputs=2), "there must be 1 outputs, and there are 2"),
         (model(ONE * 2, X, activation="gelu"), "follows one weight, and there are 2"),
         (model(ONE * 2, X, factor=S), "follows one weight, and there are 2"),
-        (model(ONE, X, activation="relu"), 'activation must be "gelu", .* or empty, and is "relu"'),
+        (model(ONE, X, activation="mish"), 'activation must be "gelu", .* or empty, and is "mish"'),
         (model(ONE, X, clip=-1.0), "clip must not be negative"),
         (model(ONE, X, factor=S[:5]), r"factor must be an initializer \[6\], and is \[5\]"),
         (model(ONE, X, norm_bias=np.ones(8, np.float32)), "norm_bias needs norm"),

@@ -13,7 +13,7 @@ from vlm_edge.training.asking import answer_logits, exact
 from vlm_edge.training.connector import Connector
 from vlm_edge.training.data import COLOURS, SHAPES, drawn, easy_vqa, questions, with_rephrasings
 from vlm_edge.training.frozen import Frozen
-from vlm_edge.training.packing import ANSWER, ASK, IGNORE, PREFIX, pack
+from vlm_edge.training.packing import ANSWER, BLIP2, IGNORE, LLAVA, Layout, pack
 
 WIDTH, FEATURES, TOKENS = 32, 24, 5
 ROWS = [
@@ -47,22 +47,27 @@ def frozen(model: LlamaForCausalLM) -> Frozen:
     return Frozen(torch.nn.Identity(), model.model, model.lm_head.weight, encode)
 
 
-def alone(model: LlamaForCausalLM, image: torch.Tensor, text: str) -> torch.Tensor:
+def alone(
+    model: LlamaForCausalLM, image: torch.Tensor, text: str, layout: Layout = LLAVA
+) -> torch.Tensor:
     """Embeddings [1, length, width] of one prompt, as the checkpoint's own template writes it."""
     table = model.get_input_embeddings()
-    before, after = (table(torch.tensor([encode(part)])) for part in (PREFIX, text))
+    before, after = (
+        table(torch.tensor([encode(part)], dtype=torch.long)) for part in (layout.before, text)
+    )
     return torch.cat([before, image[None], after], 1)
 
 
-def test_a_packed_row_gives_the_logits_of_its_questions_asked_alone(model, frozen):
+@pytest.mark.parametrize("layout", [LLAVA, BLIP2], ids=["llava", "blip2"])
+def test_a_packed_row_gives_the_logits_of_its_questions_asked_alone(model, frozen, layout):
     images = torch.randn(2, TOKENS, WIDTH)
-    logits, labels = answer_logits(frozen, pack(ROWS, encode, TOKENS), images)
+    logits, labels = answer_logits(frozen, pack(ROWS, encode, TOKENS, layout), images)
     expected, truths = [], []
     for image, pairs in zip(images, ROWS, strict=True):
         for question, answer in pairs:
             answered = encode(ANSWER.format(answer=answer))
-            text = ASK.format(question=question) + ANSWER.format(answer=answer)
-            found = model(inputs_embeds=alone(model, image, text)).logits[0]
+            text = layout.ask.format(question=question) + ANSWER.format(answer=answer)
+            found = model(inputs_embeds=alone(model, image, text, layout)).logits[0]
             expected.append(found[-len(answered) - 1 : -1])
             truths += answered
     assert labels.tolist() == truths
@@ -87,7 +92,7 @@ def test_padding_and_other_questions_are_never_seen():
 def test_exact_agrees_with_free_greedy_decoding(model, frozen):
     image = torch.randn(1, TOKENS, FEATURES)
     connector = Connector(FEATURES, WIDTH)
-    prompt = alone(model, connector(image)[0].detach(), ASK.format(question="what?"))
+    prompt = alone(model, connector(image)[0].detach(), LLAVA.ask.format(question="what?"))
     made: list[int] = []
     for _ in range(3):  # what the model says by itself, one token at a time
         made.append(int(model(inputs_embeds=prompt).logits[0, -1].argmax()))

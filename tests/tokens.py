@@ -41,10 +41,22 @@ SMOLVLM_PLACES = ["<global-img>", *(f"<row_{i}_col_{j}>" for i in range(1, 7) fo
 
 
 def tokenizer_of(kind: str) -> Any:
-    """A PreTrainedTokenizerFast of about 300 tokens; `kind` is "pieces", "bytes", "smolvlm", or
-    "smolvlm-bare", which spells places of tiles as text."""
+    """A PreTrainedTokenizerFast of about 300 tokens; `kind` is "pieces", "pieces-eos" (as T5's, which ends
+    every text), "bytes", "words" (as BERT's), "smolvlm", or "smolvlm-bare", which spells places of tiles
+    as text."""
     from transformers import PreTrainedTokenizerFast
 
+    if kind == "words":
+        return PreTrainedTokenizerFast(
+            tokenizer_object=_words(), unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]",
+            cls_token="[CLS]", clean_up_tokenization_spaces=False,
+        )  # fmt: skip
+    if kind == "pieces-eos":
+        return PreTrainedTokenizerFast(
+            tokenizer_object=_pieces("$A </s>"), eos_token="</s>", unk_token="<unk>",
+            pad_token="<unk>", additional_special_tokens=["<image>"],
+            clean_up_tokenization_spaces=False,
+        )  # fmt: skip
     if kind == "pieces":
         return PreTrainedTokenizerFast(
             tokenizer_object=_pieces(), bos_token="<s>", eos_token="</s>", unk_token="<unk>",
@@ -71,7 +83,7 @@ def _vocabulary(first: list[str], merges: list[tuple[str, str]]) -> dict[str, in
     return {word: index for index, word in enumerate(dict.fromkeys(words))}
 
 
-def _pieces() -> Any:
+def _pieces(around: str = "<s> $A") -> Any:
     """As the tokenizer.json of Llama 2: SentencePiece's "▁", unknown characters as bytes, <s> in front."""
     from tokenizers import Tokenizer, decoders, models, normalizers, processors
 
@@ -97,7 +109,25 @@ def _pieces() -> Any:
     )
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<image>"])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        single=around, pair="<s> $A <s> $B", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return tokenizer
+
+
+def _words() -> Any:
+    """As the tokenizer.json of BERT: WordPiece in lower case between [CLS] and [SEP]."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{letter}" for letter in letters)]
+    words += [*"?.,:", "what", "is", "the", "color", "##or", "##ing"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return tokenizer
 

@@ -1,4 +1,4 @@
-"""Accuracy of a LLaVA checkpoint on easy-VQA's test split, by free greedy decoding.
+"""Accuracy of a LLaVA or BLIP-2 checkpoint on easy-VQA's test split, by free greedy decoding.
 
 python -m vlm_edge.training.accuracy CHECKPOINT --out accuracy.json
 
@@ -40,18 +40,19 @@ def normalised(answer: str) -> str:
 
 def answerer(checkpoint: Path, max_new_tokens: int = 8) -> Answer:
     """A function that answers questions about images with transformers, free and greedy."""
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     processor.tokenizer.padding_side = "left"
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
 
     @torch.no_grad()
     def answer(images: Sequence[Image.Image], asked: Sequence[str]) -> list[str]:
         texts = [
-            processor.apply_chat_template(
+            processor.tokenizer.apply_chat_template(  # Blip2Processor itself has no template
                 [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q}]}],
                 add_generation_prompt=True,
+                tokenize=False,
             )
             for q in asked
         ]

@@ -9,7 +9,7 @@ from torch import nn
 
 from vlm_edge.training.data import Picture
 from vlm_edge.training.frozen import Frozen
-from vlm_edge.training.packing import IGNORE, Packed, pack
+from vlm_edge.training.packing import IGNORE, LLAVA, Layout, Packed, pack
 
 
 def answer_logits(
@@ -38,14 +38,16 @@ def exact(
     connector: nn.Module,
     features: torch.Tensor,
     rows: Sequence[Sequence[tuple[str, str]]],
+    layout: Layout = LLAVA,
 ) -> list[list[bool]]:
     """Which questions about `features` [rows, tokens, features] are answered exactly.
 
     Free greedy decoding gives the right answer if and only if every right token is the most
     likely one after the right tokens before it, so one forward pass decides.
     """
-    packed = pack(rows, frozen.encode, features.shape[1])
-    logits, labels = answer_logits(frozen, packed, connector(features.float()))
+    image = connector(features.float())
+    packed = pack(rows, frozen.encode, image.shape[1], layout)
+    logits, labels = answer_logits(frozen, packed, image)
     hit = torch.ones_like(packed.labels, dtype=torch.bool)
     hit[packed.labels != IGNORE] = logits.argmax(-1) == labels
     return [
@@ -55,14 +57,18 @@ def exact(
 
 
 def validate(
-    frozen: Frozen, connector: nn.Module, features: torch.Tensor, pictures: Sequence[Picture]
+    frozen: Frozen,
+    connector: nn.Module,
+    features: torch.Tensor,
+    pictures: Sequence[Picture],
+    layout: Layout = LLAVA,
 ) -> dict[str, float]:
     """Accuracy on the pictures' own questions, open and yes/no apart."""
     right: dict[str, list[bool]] = {"open": [], "yes_no": []}
     for start in range(0, len(pictures), 8):
         chosen = pictures[start : start + 8]
         rows = [list(p.open + p.yes_no[:4]) for p in chosen]
-        found = exact(frozen, connector, features[start : start + 8], rows)
+        found = exact(frozen, connector, features[start : start + 8], rows, layout)
         for picture, hits in zip(chosen, found, strict=True):
             right["open"] += hits[: len(picture.open)]
             right["yes_no"] += hits[len(picture.open) :]

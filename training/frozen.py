@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaModel
 
-from vlm_edge.export import demo
+from vlm_edge.export import demo_llava, demo_parts
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,24 @@ class Frozen:
         """Token embeddings [rows, length, width]."""
         return self.table[ids]
 
+    def word_norm(self) -> float:
+        """The mean norm of a token's embedding."""
+        return float(self.table.float().norm(dim=-1).mean())
+
 
 def load_frozen(dtype: torch.dtype = torch.bfloat16) -> Frozen:
-    """Read the parts of the demo model, as `vlm_edge.export.demo` does."""
-    parts = demo.find_parts()
-    config = demo.model_config()
+    """Read the parts of the demo model, as `vlm_edge.export.demo_llava` does."""
+    parts = demo_parts.find_parts()
+    config = demo_llava.model_config()
     vision = Dinov2Model(Dinov2Config(**config["vision_config"]))
-    vision.load_state_dict(renamed(demo.vision_tensors(parts["vision"]), vision))
+    vision.load_state_dict(renamed(demo_parts.vision_tensors(parts["vision"]), vision))
     language = LlamaModel(LlamaConfig(**config["text_config"]))
-    tensors = demo.language_tensors(parts["language"])
+    tensors = demo_parts.language_tensors(parts["language"])
     language.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
     language.to(dtype)
     for module in (vision, language):
         module.eval().requires_grad_(False)
-    tokenizer = Tokenizer.from_str(demo.tokenizer_json(parts["language"]))
+    tokenizer = Tokenizer.from_str(demo_parts.tokenizer_json(parts["language"]))
     return Frozen(
         vision,
         language,
@@ -71,12 +75,12 @@ def pixels(image: Image.Image) -> np.ndarray:
     """The processor's pixel values [3, 112, 112]: shortest edge resized, centre cropped."""
     width, height = image.size
     short = min(width, height)
-    size = (int(demo.IMAGE * width / short), int(demo.IMAGE * height / short))
+    size = (int(demo_parts.IMAGE * width / short), int(demo_parts.IMAGE * height / short))
     image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - demo.IMAGE) // 2, (size[1] - demo.IMAGE) // 2
-    image = image.crop((left, top, left + demo.IMAGE, top + demo.IMAGE))
+    left, top = (size[0] - demo_parts.IMAGE) // 2, (size[1] - demo_parts.IMAGE) // 2
+    image = image.crop((left, top, left + demo_parts.IMAGE, top + demo_parts.IMAGE))
     scaled = np.asarray(image, np.float32) / 255  # [112, 112, 3]
-    normal = (scaled - np.asarray(demo.MEAN, np.float32)) / np.asarray(demo.STD, np.float32)
+    normal = (scaled - np.asarray(demo_parts.MEAN, np.float32)) / np.asarray(demo_parts.STD, np.float32)
     return normal.transpose(2, 0, 1)
 
 
@@ -86,4 +90,17 @@ def image_features(frozen: Frozen, images: Sequence[Image.Image] | torch.Tensor)
     if not isinstance(images, torch.Tensor):
         images = torch.from_numpy(np.stack([pixels(image) for image in images]))
     states = frozen.vision(images, output_hidden_states=True).hidden_states
-    return torch.cat([states[layer][:, 1:] for layer in demo.FEATURE_LAYERS], -1)
+    return torch.cat([states[layer][:, 1:] for layer in demo_llava.FEATURE_LAYERS], -1)
+
+
+@torch.no_grad()
+def hidden_state(
+    frozen: Frozen, images: Sequence[Image.Image] | torch.Tensor, layers: int
+) -> torch.Tensor:
+    """What leaves the tower's first `layers` layers: [images, 1 + patches, width], CLS token first."""
+    if not isinstance(images, torch.Tensor):
+        images = torch.from_numpy(np.stack([pixels(image) for image in images]))
+    states = frozen.vision.embeddings(images)
+    for layer in frozen.vision.encoder.layer[:layers]:
+        states = layer(states)
+    return states

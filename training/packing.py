@@ -11,11 +11,21 @@ from dataclasses import dataclass
 
 import torch
 
-PREFIX = "<|im_start|>user\n"
-ASK = "\n{question}<|im_end|>\n<|im_start|>assistant\n"
 ANSWER = "{answer}<|im_end|>"
 IGNORE = -100
 Encode = Callable[[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A prompt, as the checkpoint's processor and template write it: `before`, the visual tokens, `ask`."""
+
+    before: str
+    ask: str  # with {question}
+
+
+LLAVA = Layout("<|im_start|>user\n", "\n{question}<|im_end|>\n<|im_start|>assistant\n")
+BLIP2 = Layout("", "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n")
 
 
 @dataclass(frozen=True)
@@ -38,16 +48,21 @@ class Packed:
         return mask[:, None]
 
 
-def pack(rows: Sequence[Sequence[tuple[str, str]]], encode: Encode, image_tokens: int) -> Packed:
+def pack(
+    rows: Sequence[Sequence[tuple[str, str]]],
+    encode: Encode,
+    image_tokens: int,
+    layout: Layout = LLAVA,
+) -> Packed:
     """Pack (question, answer) pairs, one row a picture."""
-    prefix = encode(PREFIX)
+    prefix = encode(layout.before)
     start, end = len(prefix), len(prefix) + image_tokens
     built = []
     for pairs in rows:
         ids = prefix + [0] * image_tokens
         labels, positions, segments = [IGNORE] * end, list(range(end)), [0] * end
         for number, (question, answer) in enumerate(pairs, 1):
-            asked = encode(ASK.format(question=question))
+            asked = encode(layout.ask.format(question=question))
             answered = encode(ANSWER.format(answer=answer))
             ids += asked + answered
             # a place's label is the next token; the last one of the segment predicts nothing

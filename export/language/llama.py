@@ -7,7 +7,7 @@ window only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +17,13 @@ from onnxscript import nn
 from vlm_edge.errors import UnsupportedConfig
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
+from vlm_edge.export.language.interface import Mask
 from vlm_edge.export.layers.activations import Activation, activation
 from vlm_edge.export.layers.cache import write
 from vlm_edge.export.layers.linear import Linear, RMSNorm
 from vlm_edge.export.layers.rope import Rope, read_rope
 from vlm_edge.export.quantizers import Quantizer
-from vlm_edge.runtime.manifest import CacheDtype
+from vlm_edge.runtime.manifest import CacheDtype, DecoderSettings
 
 # transformers' defaults for keys that config.json leaves out:
 # (hidden, feed-forward, layers, heads, key-value heads, positions, vocabulary, window)
@@ -36,7 +37,8 @@ MODEL_TYPES = tuple(DEFAULTS)
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """text_config as the graph needs it. `sliding` tells layer by layer who sees only `window` keys."""
+    """text_config as the graph needs it (`interface.DecoderFamily`). `sliding` tells layer by layer who
+    sees only `window` keys."""
 
     width: int
     hidden: int
@@ -56,6 +58,37 @@ class DecoderConfig:
     sliding: tuple[bool, ...]
     tied: bool
     cache_dtype: CacheDtype
+
+    @property
+    def state_width(self) -> int:
+        return self.width
+
+    def settings(self) -> DecoderSettings:
+        return DecoderSettings(
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            width=self.width,
+            vocab_size=self.vocab_size,
+            max_positions=self.max_positions,
+            sliding_window=self.window,
+            chunked_prefill=self.rope.dynamic is None,
+            cache_dtype=self.cache_dtype,
+        )
+
+    def masks(self) -> list[Mask]:
+        return ["sliding" if sliding else "full" for sliding in self.sliding]
+
+    def context(
+        self, op: Any, weights: Weights, inputs: Mapping[str, ir.Value]
+    ) -> tuple[ir.Value, ir.Value]:
+        return self.rope(op, inputs["positions"])
+
+    def layer(self, weights: Weights, index: int, quantizer: Quantizer) -> nn.Module:
+        return Layer(weights.sub("layers").sub(index), self, quantizer)
+
+    def head(self, weights: Weights, head: Weights, quantizer: Quantizer) -> nn.Module:
+        return Head(weights, head, self, quantizer)
 
 
 def read(config: Config, cache_dtype: CacheDtype = "float32") -> DecoderConfig:
@@ -129,61 +162,8 @@ def _window(
     return (window if any(sliding) else None), sliding
 
 
-class Decoder(nn.Module):
-    """Embeddings to logits, with the cache updated in place.
-
-    forward(op, embeds, positions, write_indices, masks, logit_positions, caches):
-        embeds float32 [batch, s, width]; positions int64 [batch, s]; write_indices int64 [batch];
-        masks: "full" and "sliding" -> float32 [batch, 1, s, capacity], added to the scores;
-        logit_positions int64 [n], of the s; caches: the arrays of every layer (`export/layers/cache.py`).
-    Returns logits [batch, n, vocab] and the updated caches.
-    """
-
-    def __init__(
-        self, weights: Weights, head: Weights, config: DecoderConfig, quantizer: Quantizer
-    ) -> None:
-        super().__init__("llm")
-        self._config = config
-        layers = weights.sub("layers")
-        self.layers = nn.ModuleList(
-            [Layer(layers.sub(i), config, quantizer) for i in range(config.layers)]
-        )
-        self.norm = RMSNorm(weights.sub("norm"), config.width, config.epsilon)
-        self.lm_head = Linear(head, config.width, config.vocab_size, False, quantizer)
-
-    def logits(self, op: Any, x: ir.Value, logit_positions: ir.Value) -> ir.Value:
-        """The last layer's output [batch, s, width] -> [batch, n, vocab]"""
-        x = op.Gather(x, logit_positions, axis=1)  # [batch, n, width]: only what is asked for
-        return self.lm_head(op, self.norm(op, x))
-
-    def forward(
-        self,
-        op: Any,
-        embeds: ir.Value,
-        positions: ir.Value,
-        write_indices: ir.Value,
-        masks: dict[str, ir.Value],
-        logit_positions: ir.Value,
-        caches: Sequence[ir.Value],
-    ) -> tuple[ir.Value, list[ir.Value]]:
-        rope = self._config.rope(op, positions)
-        x, written = embeds, list[ir.Value]()
-        arrays = len(caches) // max(1, len(self.layers))  # of one layer
-        for index, layer in enumerate(self.layers):
-            mask = masks["sliding" if self._config.sliding[index] else "full"]
-            past = caches[index * arrays : (index + 1) * arrays]
-            x, present = layer(op, x, rope, write_indices, mask, past)
-            x.name = f"llm.layers.{index}.output"
-            written += present
-        return self.logits(op, x, logit_positions), written
-
-
 class Layer(nn.Module):
-    """One layer of the decoder.
-
-    forward(op, x, rope, write_indices, mask, cache): x float32 [batch, s, width], the others as in
-    `Decoder`, `rope` made of the positions, `cache` of this layer. Returns the next x and the cache.
-    """
+    """One layer of the decoder (`interface.DecoderFamily.layer`); its context are cosines and sines."""
 
     def __init__(self, weights: Weights, config: DecoderConfig, quantizer: Quantizer) -> None:
         super().__init__()
@@ -198,6 +178,20 @@ class Layer(nn.Module):
         mixed, cache = self.self_attn(op, self.input_layernorm(op, x), *context)
         x = op.Add(x, mixed)
         return op.Add(x, self.mlp(op, self.post_attention_layernorm(op, x))), cache
+
+
+class Head(nn.Module):
+    """What follows the last layer: the final norm and the output projection."""
+
+    def __init__(
+        self, weights: Weights, head: Weights, config: DecoderConfig, quantizer: Quantizer
+    ) -> None:
+        super().__init__()
+        self.norm = RMSNorm(weights.sub("norm"), config.width, config.epsilon)
+        self.lm_head = Linear(head, config.width, config.vocab_size, False, quantizer)
+
+    def forward(self, op: Any, x: ir.Value) -> ir.Value:
+        return self.lm_head(op, self.norm(op, x))
 
 
 class _Attention(nn.Module):

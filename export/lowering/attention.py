@@ -1,8 +1,8 @@
 """Where a portable graph attends over a cache, as one value: what each engine's own operator replaces.
 
-The portable form is RotaryEmbedding, TensorScatter into the cache (under int8 with its rounding,
-`layers/cache.py`) and Attention with a float mask (`language/llama.py`); engines have operators that do
-all of it and compute no masked score.
+The portable form is RotaryEmbedding (`language/llama.py`) or none (`language/opt.py`), TensorScatter into
+the cache (under int8 with its rounding, `layers/cache.py`) and Attention with a float mask; engines have
+operators that do all of it and compute no masked score.
 """
 
 from __future__ import annotations
@@ -14,14 +14,28 @@ import onnx_ir as ir
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """How queries and keys are rotated (ONNX's RotaryEmbedding).
+
+    Attributes:
+        cos, sin: [batch, s, rotated / 2].
+        interleaved, rotary_dim: its attributes.
+    """
+
+    cos: ir.Value
+    sin: ir.Value
+    interleaved: int
+    rotary_dim: int
+
+
+@dataclass(frozen=True)
 class CachedAttention:
     """One layer's attention with its cache.
 
     Attributes:
         query, key, value: [batch, s, heads * head_dim] and [batch, s, kv_heads * head_dim] twice, as
             the linear layers give them: not rotated, not split.
-        cos, sin: [batch, s, rotated / 2].
-        interleaved, rotary_dim: RotaryEmbedding's attributes.
+        rotation: of query and key; None: they are not rotated.
         past, present: keys and values [batch, kv_heads, capacity, head_dim], before and after; of an
             int8 cache also their scales [batch, kv_heads, capacity, 1].
         write_indices: int64 [batch], where the first of the s positions goes.
@@ -32,10 +46,7 @@ class CachedAttention:
     query: ir.Value
     key: ir.Value
     value: ir.Value
-    cos: ir.Value
-    sin: ir.Value
-    interleaved: int
-    rotary_dim: int
+    rotation: Rotation | None
     past: tuple[ir.Value, ...]
     present: tuple[ir.Value, ...]
     write_indices: ir.Value
@@ -58,16 +69,13 @@ def find(graph: ir.Graph) -> Iterator[CachedAttention]:
         if node.op_type != "Attention" or len(node.inputs) < 4:
             continue
         scatters = [_scatters(node.inputs[i]) for i in (1, 2)]
-        query = _producer(node.inputs[0], "RotaryEmbedding")
-        if query is None or [] in scatters:
+        if [] in scatters:
             continue
         key, value = (_before_rounding(each[0].inputs[1]) for each in scatters)
-        rotated = _producer(key, "RotaryEmbedding")
+        (query, rotation), (key, same) = _unrotated(node.inputs[0]), _unrotated(key)
         merged = _merged(node.outputs[0])
-        q, k, v = (_unsplit(x) for x in (
-            query.inputs[0], rotated.inputs[0] if rotated is not None else None, value
-        ))  # fmt: skip
-        if merged is None or q is None or k is None or v is None:
+        q, k, v = (_unsplit(x) for x in (query, key, value))
+        if merged is None or q is None or k is None or v is None or rotation != same:
             continue
         updates = [scatter for pair in zip(*scatters, strict=True) for scatter in pair]
         past, mask = [_value(scatter.inputs[0]) for scatter in updates], _value(node.inputs[3])
@@ -79,10 +87,7 @@ def find(graph: ir.Graph) -> Iterator[CachedAttention]:
             query=q,
             key=k,
             value=v,
-            cos=_value(query.inputs[1]),
-            sin=_value(query.inputs[2]),
-            interleaved=query.attributes.get_int("interleaved", 0),
-            rotary_dim=query.attributes.get_int("rotary_embedding_dim", 0),
+            rotation=rotation,
             past=tuple(past),
             present=tuple(scatter.outputs[0] for scatter in updates),
             write_indices=_value(updates[0].inputs[2]),
@@ -103,6 +108,17 @@ def _value(value: ir.Value | None) -> ir.Value:
 def _producer(value: ir.Value | None, kind: str) -> ir.Node | None:
     node = None if value is None else value.producer()
     return node if node is not None and node.op_type == kind else None
+
+
+def _unrotated(value: ir.Value | None) -> tuple[ir.Value | None, Rotation | None]:
+    """x of RotaryEmbedding(x, cos, sin) and its rotation; anything else as it is."""
+    node = _producer(value, "RotaryEmbedding")
+    if node is None:
+        return value, None
+    x, cos, sin = node.inputs[:3]
+    interleaved = node.attributes.get_int("interleaved", 0)
+    rotary_dim = node.attributes.get_int("rotary_embedding_dim", 0)
+    return x, Rotation(_value(cos), _value(sin), interleaved, rotary_dim)
 
 
 def _scatters(value: ir.Value | None) -> list[ir.Node]:
@@ -143,8 +159,9 @@ def _merged(value: ir.Value) -> ir.Value | None:
     return value
 
 
-def _heads(rotary: ir.Node) -> int:
-    transpose = _producer(rotary.inputs[0], "Transpose")
+def _heads(split: ir.Value | None) -> int:
+    """Of a [batch, heads, s, head_dim] that `_unsplit` takes."""
+    transpose = _producer(split, "Transpose")
     reshape = None if transpose is None else _producer(transpose.inputs[0], "Reshape")
     shape = None if reshape is None else ir.convenience.get_const_tensor(_value(reshape.inputs[1]))
     assert shape is not None, "heads are split by a constant shape"

@@ -125,14 +125,17 @@ def _group_queries(
     lengths: tuple[ir.Value, ir.Value],
     window: int | None,
 ) -> None:
-    rotary = {"interleaved": site.interleaved, "rotary_embedding_dim": site.rotary_dim}
-    query, key = (
-        ir.node("RotaryEmbedding", [x, site.cos, site.sin], {**rotary, "num_heads": heads})
-        for x, heads in ((site.query, site.heads), (site.key, site.kv_heads))
-    )
+    query, key, nodes = site.query, site.key, list[ir.Node]()
+    if (by := site.rotation) is not None:
+        rotary = {"interleaved": by.interleaved, "rotary_embedding_dim": by.rotary_dim}
+        nodes = [
+            ir.node("RotaryEmbedding", [x, by.cos, by.sin], {**rotary, "num_heads": heads})
+            for x, heads in ((query, site.heads), (key, site.kv_heads))
+        ]
+        query, key = (node.outputs[0] for node in nodes)
     grouped = ir.node(
         "GroupQueryAttention",
-        [query.outputs[0], key.outputs[0], site.value, *site.past, *lengths],
+        [query, key, site.value, *site.past, *lengths],
         {
             "num_heads": site.heads,
             "kv_num_heads": site.kv_heads,
@@ -144,7 +147,7 @@ def _group_queries(
     )
     where = site.output.producer()
     assert where is not None
-    graph.insert_after(where, [query, key, grouped])
+    graph.insert_after(where, [*nodes, grouped])
     for old, new in zip((site.output, *site.present), grouped.outputs, strict=True):
         rewrite.take_over(old, new)
 

@@ -139,10 +139,13 @@ def _gated(gate: ir.Value, up: ir.Value) -> ir.Value | None:
 
 
 def _activated(y: ir.Value) -> tuple[ir.Value, str] | None:
-    """gelu(y), gelu_tanh(y) or y * sigmoid(1.702 y) where y is read for nothing else, and its name."""
+    """gelu(y), gelu_tanh(y), relu(y) or y * sigmoid(1.702 y) where y is read for nothing else, and its
+    name."""
     readers = {use.node.op_type: use.node for use in y.uses()}
     if y.is_graph_output():
         return None
+    if (relu := _only_reader(y, "Relu")) is not None:
+        return relu.outputs[0], "relu"
     if readers.keys() == {"Gelu"} and len(y.uses()) == 1:
         gelu = readers["Gelu"]
         tanh = gelu.attributes.get_string("approximate", "none") == "tanh"

@@ -31,7 +31,7 @@ def lower(portable: Path, windows: Windows) -> str | None:
         The file's name; None where neither a linear layer nor the cache is quantized.
     """
     model = ir.load(portable)
-    rounded = any(site.rounded for site in attention.find(model.graph))
+    rounded = any(site.rounded for site in attention.find(model.graph) if site.mask in windows)
     if not quantized_linears(model.graph) + rounded:
         return None
     cached_attention(model.graph, windows)
@@ -115,10 +115,14 @@ def cached_attention(graph: ir.Graph, windows: Windows) -> None:
     for site in attention.find(graph):
         if site.mask not in windows:
             continue
+        by, rotary = site.rotation, dict[str, int]()
+        if by is not None:
+            rotary = {"interleaved": by.interleaved, "rotary_dim": by.rotary_dim}
         own = ir.node(
             "CachedAttentionInt8" if site.rounded else "CachedAttention",
             [
-                *(site.query, site.key, site.value, site.cos, site.sin),
+                *(site.query, site.key, site.value),
+                *((None, None) if by is None else (by.cos, by.sin)),
                 *(*site.past[:2], site.write_indices, *site.past[2:]),
             ],
             {
@@ -126,8 +130,7 @@ def cached_attention(graph: ir.Graph, windows: Windows) -> None:
                 "kv_num_heads": site.kv_heads,
                 "scale": site.scale,
                 "window": windows[site.mask] or 0,
-                "interleaved": site.interleaved,
-                "rotary_dim": site.rotary_dim,
+                **rotary,
             },
             domain=DOMAIN,
             num_outputs=1 + len(site.present),

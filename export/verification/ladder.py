@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from vlm_edge.calibration.divergence import divergence
-from vlm_edge.export.verification.layers import llm_layers, vision_layers
+from vlm_edge.export.verification.layers import engine_layers, llm_layers
 from vlm_edge.export.verification.measures import (
     cosine,
     first_difference,
@@ -24,6 +24,7 @@ from vlm_edge.export.verification.measures import (
     relative_error,
 )
 from vlm_edge.export.verification.report import Rung
+from vlm_edge.runtime.engine import LANGUAGE
 from vlm_edge.runtime.prompt import BuiltPrompt
 from vlm_edge.runtime.tiling.plan import UNLIMITED, TileLimits
 from vlm_edge.runtime.vlm import VLM
@@ -110,15 +111,24 @@ class _Ladder:
             "vision",
             np.concatenate(self._features),
             self._expected.features,
-            lambda: vision_layers(self._vlm.bundle, np.concatenate(self._tiles)),
+            lambda: engine_layers(
+                self._vlm.bundle, "vision", {"pixel_values": np.concatenate(self._tiles)}
+            ),
         )
 
     def connector(self) -> Iterator[Rung]:
         if not self._built.pictures:
             return
-        run = self._vlm.connector.run
-        found = [run({"features": features})["image_features"] for features in self._features]
-        yield from self._stage("connector", np.concatenate(found), self._expected.image_features)
+        features = np.concatenate(self._features)
+        feeds = {"features": features}
+        if self._built.instruction is not None:
+            feeds["instruction_ids"] = np.array([self._built.instruction] * len(features), np.int64)
+        yield from self._stage(
+            "connector",
+            self._vlm.connector.run(feeds)["image_features"],
+            self._expected.image_features,
+            lambda: engine_layers(self._vlm.bundle, "connector", feeds),
+        )
 
     def embeddings(self) -> Iterator[Rung]:
         self._exact = self._exact and self._vlm.manifest.embeddings.scales is None
@@ -176,9 +186,10 @@ class _Ladder:
         expected: np.ndarray,
         layers: Callable[[], dict[str, np.ndarray]] | None = None,
     ) -> Iterator[Rung]:
-        engine = "llm" if name == "prefill logits" else name
+        engines = LANGUAGE if name == "prefill logits" else (name,)
         manifest = self._vlm.manifest
-        self._exact = self._exact and (engine not in manifest.engines or manifest.exact(engine))
+        used = [engine for engine in engines if engine in manifest.engines]
+        self._exact = self._exact and all(manifest.exact(engine) for engine in used)
         if not self._exact:
             yield self._rung(name, "cosine", cosine(found, expected), None)
             return
@@ -187,14 +198,15 @@ class _Ladder:
         if rung.ok or layers is None:
             yield rung
             return
-        outputs = layers()
+        outputs = layers()  # none of a connector without layers of its own
         for layer, output in outputs.items():
             error = relative_error(output, self._expected.layers[layer])
             if error > TOLERANCE:
                 yield self._rung(name, metric, error, TOLERANCE, layer=layer)
                 yield rung
                 return
-        yield self._rung(name, metric, rung.value, TOLERANCE, f"its {len(outputs)} layers agree")
+        detail = f"its {len(outputs)} layers agree" if outputs else ""
+        yield self._rung(name, metric, rung.value, TOLERANCE, detail)
 
     def _differences(self, name: str, metric: str, found: list[int], expected: list[int]) -> Rung:
         first = first_difference(found, expected)

@@ -12,29 +12,40 @@ from vlm_edge.errors import EngineFailure
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.feeds import prefill_feeds
 
-# as export/vision and export/language name the values
-LAYER = re.compile(r"^((?:vision|llm)\.layers\.\d+)\.output$")
+# as export/vision, export/connectors and export/language name the values
+LAYER = re.compile(r"^((?:vision|connector|llm_encoder|llm)\.layers\.\d+)\.output$")
 
 
-def vision_layers(bundle: Bundle, pixels: np.ndarray) -> dict[str, np.ndarray]:
-    """Layer name -> float32 [tiles, tokens, width], for every layer the bundle computes.
+def engine_layers(
+    bundle: Bundle, engine: str, feeds: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Layer name -> float32 [tiles, tokens, width], for every layer that a stateless engine names.
 
     Args:
-        pixels: float32 [tiles, 3, height, width].
+        feeds: the engine's inputs by name.
     """
-    return _run(bundle, "vision", {"pixel_values": pixels})
+    return _run(bundle, engine, feeds)[0]
 
 
 def llm_layers(bundle: Bundle, embeds: np.ndarray) -> dict[str, np.ndarray]:
-    """Layer name -> float32 [1, n, width] of a prompt prefilled at once.
+    """Layer name -> float32 [1, n, width] of a prompt prefilled at once; of an encoder-decoder the
+    encoder's layers, then the decoder's for the token that the answer begins with.
 
     Args:
         embeds: float32 [1, n, width].
     """
-    return _run(bundle, "llm", prefill_feeds(bundle.manifest.decoder, embeds))
+    settings = bundle.manifest.decoder
+    if settings.start_token_id is None:
+        return _run(bundle, "llm", prefill_feeds(settings, embeds))[0]
+    layers, cross = _run(bundle, "llm_encoder", {"inputs_embeds": embeds})
+    start = bundle.embeddings().row(settings.start_token_id)[None, None]
+    return layers | _run(bundle, "llm", prefill_feeds(settings, start) | cross)[0]
 
 
-def _run(bundle: Bundle, engine: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _run(
+    bundle: Bundle, engine: str, feeds: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The engine's layers by layer name, and its outputs by theirs."""
     import onnxruntime
 
     # The CPU's own graph is what answers; a lowering that fuses layers away leaves the portable one.
@@ -51,10 +62,12 @@ def _run(bundle: Bundle, engine: str, feeds: dict[str, np.ndarray]) -> dict[str,
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         wanted = {spec.name for spec in session.get_inputs()}
         feeds = {name: value for name, value in feeds.items() if name in wanted}
-        outputs = session.run(list(names), feeds)
+        outputs = [spec.name for spec in session.get_outputs()]
+        found = dict(zip(outputs, session.run(outputs, feeds), strict=True))
     except Exception as error:  # the library has an exception for each status
         raise EngineFailure(engine, str(error).splitlines()[0]) from error
-    return dict(zip(names.values(), outputs, strict=True))
+    layers = {layer: found.pop(name) for name, layer in names.items()}
+    return layers, found
 
 
 def _with_layers(path: Path) -> tuple[bytes, dict[str, str]]:

@@ -40,7 +40,7 @@ class Stages:
     """One forward pass over a prompt, cut open.
 
     Attributes:
-        features: [tiles, tokens, width], what enters the projector; None without images.
+        features: [tiles, tokens, width], what enters the connector; None without images.
         image_features: [tiles, tokens, llm width]; None without images.
         embeddings: [1, n, llm width].
         logits: [vocab] of the last position.
@@ -57,8 +57,8 @@ class Stages:
 class Reference:
     """The checkpoint in float32 on the CPU.
 
-    A family says what its model is called, which of its modules the stages are, and how its processor
-    lays out a prompt's tiles.
+    A family says what its model is called, which of its modules the stages are, how its processor lays
+    out a prompt's tiles, and how it is run.
 
     Args:
         source: its folder, or a Hub name.
@@ -94,7 +94,10 @@ class Reference:
         if template:
             content: list[dict[str, str]] = [{"type": "image"} for _ in images]
             content.append({"type": "text", "text": prompt})
-            prompt = self.processor.apply_chat_template(
+            # Blip2Processor drops its folder's template, its tokenizer keeps it.
+            processor = self.processor
+            renderer = processor if processor.chat_template else processor.tokenizer
+            prompt = renderer.apply_chat_template(
                 [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
             )
             # as apply_chat_template(tokenize=True) does
@@ -125,15 +128,12 @@ class Reference:
     def stages(self, inputs: Inputs) -> Stages:
         """One forward pass with hooks on every stage and layer."""
         found: dict[str, np.ndarray] = {}
-        core = self.model.model
-        language = getattr(core, self.language)
-        with torch.inference_mode(), _hooks() as hook:
-            for name, stack in (("vision", getattr(core, self.vision)), ("llm", language)):
+        with torch.inference_mode(), hooks() as hook:
+            for name, stack in self.stacks().items():
                 for index, layer in enumerate(_layers(stack)):
-                    hook(layer, _keep(found, f"{name}.layers.{index}"))
-            hook(getattr(core, self.connector), _keep(found, "image_features", "features"))
-            hook(language, _keep_embeddings(found))
-            logits = self.model(**inputs.tensors, logits_to_keep=1).logits[0, -1].numpy()
+                    hook(layer, keep(found, f"{name}.layers.{index}"))
+            self.hook_stages(hook, found)
+            logits = self.forward(inputs)[0, -1].numpy()
         return Stages(
             features=found.pop("features", None),
             image_features=found.pop("image_features", None),
@@ -142,18 +142,38 @@ class Reference:
             layers=found,
         )
 
+    def stacks(self) -> dict[str, Any]:
+        """The modules that have layers, by the names of the bundle's engines."""
+        core = self.model.model
+        return {"vision": getattr(core, self.vision), "llm": getattr(core, self.language)}
+
+    def hook_stages(self, hook: Callable[[Any, Any], None], found: dict[str, np.ndarray]) -> None:
+        """Let a forward pass leave "features", "image_features" and "embeddings" in `found`."""
+        core = self.model.model
+        hook(getattr(core, self.connector), keep(found, "image_features", "features"))
+        hook(getattr(core, self.language), keep_argument(found, "embeddings", "inputs_embeds"))
+
+    def forward(self, inputs: Inputs) -> Any:
+        """Logits [1, n, vocab], of the last position at least."""
+        return self.model(**inputs.tensors, logits_to_keep=1).logits
+
     def greedy(self, inputs: Inputs, new_tokens: int) -> tuple[list[int], np.ndarray]:
         """New tokens, and the logits [new, vocab] each was chosen from, before any penalty."""
         with torch.inference_mode():
-            output = self.model.generate(
-                **inputs.tensors,
+            output = self.generate(
+                inputs,
                 do_sample=False,
                 max_new_tokens=new_tokens,
                 output_logits=True,
                 return_dict_in_generate=True,
             )
-        tokens = output.sequences[0, len(inputs.token_ids) :].tolist()
+        # Before the new tokens stands the prompt, or an encoder-decoder's start token.
+        tokens = output.sequences[0, -len(output.logits) :].tolist()
         return tokens, torch.cat(output.logits).float().numpy()
+
+    def generate(self, inputs: Inputs, **settings: Any) -> Any:
+        """The model's own `generate`."""
+        return self.model.generate(**inputs.tensors, **settings)
 
 
 def _layers(stack: Any) -> Any:
@@ -167,7 +187,9 @@ def _layers(stack: Any) -> Any:
     raise ValueError(f"{type(stack).__name__} has no list of layers")
 
 
-def _keep(found: dict[str, np.ndarray], output: str, first_input: str | None = None) -> Any:
+def keep(found: dict[str, np.ndarray], output: str, first_input: str | None = None) -> Any:
+    """A hook that keeps what a module gives, and what it is called with first."""
+
     def hook(_module: Any, args: Any, _kwargs: Any, result: Any) -> None:
         found[output] = (result[0] if isinstance(result, tuple) else result).numpy()
         if first_input is not None:
@@ -176,15 +198,17 @@ def _keep(found: dict[str, np.ndarray], output: str, first_input: str | None = N
     return hook
 
 
-def _keep_embeddings(found: dict[str, np.ndarray]) -> Any:
+def keep_argument(found: dict[str, np.ndarray], name: str, argument: str) -> Any:
+    """A hook that keeps what a module is called with under a keyword."""
+
     def hook(_module: Any, _args: Any, kwargs: Any, _result: Any) -> None:
-        found["embeddings"] = kwargs["inputs_embeds"].numpy()
+        found[name] = kwargs[argument].numpy()
 
     return hook
 
 
 @contextmanager
-def _hooks() -> Iterator[Callable[[Any, Any], None]]:
+def hooks() -> Iterator[Callable[[Any, Any], None]]:
     handles: list[Any] = []
     try:
         yield lambda module, hook: handles.append(

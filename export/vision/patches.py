@@ -57,6 +57,7 @@ def read_sizes(
     epsilon: float,
     act: str,
     width: int = 768,
+    layers: int = 12,
     heads: int = 12,
 ) -> VisionSettings:
     """The keys that all encoders have; the others are the model type's defaults (most ViTs we read are
@@ -70,7 +71,7 @@ def read_sizes(
     settings = VisionSettings(
         width=config.size("hidden_size", width),
         hidden=hidden,
-        layers=config.size("num_hidden_layers", 12),
+        layers=config.size("num_hidden_layers", layers),
         heads=config.size("num_attention_heads", heads),
         patch=config.size("patch_size", patch),
         image=config.size("image_size", 224),
