@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vlm_edge.errors import EmptyPrompt
+from vlm_edge.errors import EmptyPrompt, TemplateError
 from vlm_edge.runtime.prompt import listed
 from vlm_edge.runtime.settings import Settings
 from vlm_edge.runtime.vlm import VLM, Images, Result, Stream
@@ -16,9 +16,14 @@ class Chat:
 
     Attributes:
         messages: the conversation so far, in Hugging Face content parts; images stay in their places.
+
+    Raises:
+        TemplateError: the checkpoint has no chat template (BLIP-2).
     """
 
     def __init__(self, vlm: VLM, system: str | None = None) -> None:
+        if vlm.template is None:
+            raise TemplateError("the checkpoint has none; ask single questions (vlm run -p TEXT)")
         self._vlm = vlm
         self._limits: dict[str, Any] = {}
         self.messages: list[dict[str, Any]] = []

@@ -307,8 +307,8 @@ def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
 def _render(messages: list[dict[str, Any]], template: ChatTemplate | None, token: str) -> str:
     if template is None:
         raise TemplateError(
-            "the checkpoint has none; pass template=False and a prompt in the model's own format "
-            f"(one {token} for each image)"
+            "the checkpoint has none, so it takes no chat messages; give one text in the model's own "
+            f"format, with template=False and one {token} for each image"
         )
     return template.render([_fitted(message, template, token) for message in messages])
 

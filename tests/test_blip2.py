@@ -251,6 +251,8 @@ def test_places_in_the_text_are_kept(
     assert vlm.build_prompt("what<image>is", [image], False).token_ids == within
     with pytest.raises(ImageCountMismatch):
         vlm.build_prompt("<image><image>what", [image], False)
+    with pytest.raises(TemplateError, match="single questions"):
+        vlm.chat()
     with pytest.raises(TemplateError):
         vlm.build_prompt([{"role": "user", "content": "what"}], [image])
 
