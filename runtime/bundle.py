@@ -95,7 +95,8 @@ class Bundle:
             # A manifest may come from anywhere: its files are inside the bundle, nowhere else.
             if Path(name).name != name:
                 raise BundleDamaged(self.path, f"{NAME} names a file outside the bundle: {name}")
-        wanted = {"vision", "connector", "llm"}
+        # A model that attends to pictures may do without a connector.
+        wanted = {"vision", "llm", "connector" if manifest.decoder.media is None else "media_kv"}
         if manifest.decoder.start_token_id is not None:
             wanted |= {"llm_encoder"}
         if missing := wanted - manifest.engines.keys():
@@ -116,11 +117,14 @@ class Bundle:
         tokens = manifest.tiling.tile_tokens
         expected: dict[tuple[str, str], tuple[int | str, ...]] = {
             ("vision", "pixel_values"): ("tiles", 3, image.height, image.width),
-            ("connector", "image_features"): ("tiles", tokens, decoder.width),
             ("llm", "inputs_embeds"): ("batch", "sequence", decoder.width),
             ("llm", "logits"): ("batch", "asked", decoder.vocab_size),
             ("llm", "past.key.0"): ("batch", decoder.kv_heads, "capacity", decoder.head_dim),
         }
+        if decoder.media is None:
+            expected["connector", "image_features"] = ("tiles", tokens, decoder.width)
+        else:
+            expected |= {("media_kv", spec.name): spec.shape for spec in decoder.media.arrays()}
         for spec in decoder.cross():
             expected["llm_encoder", spec.name] = expected["llm", spec.name] = spec.shape
         if manifest.prompt.instruction is not None:

@@ -1,9 +1,9 @@
-"""Pictures to visual tokens: the vision engine and the connector, and a cache of what they gave."""
+"""Pictures to visual tokens, or to what a language model attends to, and a cache of what they gave."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -15,26 +15,33 @@ from vlm_edge.runtime.tiling import Tiler
 from vlm_edge.runtime.timings import Stopwatch
 
 CACHE_BYTES = 64 << 20  # of encoded pictures kept for further questions
+# Visual tokens float32 [tokens, width]; or keys and values by name, float32 [kv_heads, tokens, head_dim].
+Encoded = np.ndarray | dict[str, np.ndarray]
 
 
 class ImageEncoder:
     """What a bundle does with pictures.
 
-    Kept by a picture's key is what further questions need: its visual tokens, or, where the connector
-    reads the instruction too (InstructBLIP), the vision features, which every question shares.
+    Kept by a picture's key is what further questions need: its visual tokens; the keys and values that
+    they become, where the language model attends to pictures; or, where the connector reads the
+    instruction too (InstructBLIP), the vision features, which every question shares.
+
+    Args:
+        engines: vision, connector and media_kv, of which a bundle may lack the last two.
+        instructed: does the connector read the instruction?
     """
 
     def __init__(
         self,
-        vision: Engine,
-        connector: Engine,
+        engines: Mapping[str, Engine],
         settings: ImageSettings,
         tiler: Tiler,
         instructed: bool,
     ) -> None:
-        self._vision, self._connector = vision, connector
+        self._vision, self._connector = engines["vision"], engines.get("connector")
+        self._media_kv = engines.get("media_kv")
         self._settings, self._tiler, self._instructed = settings, tiler, instructed
-        self._kept: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._kept: OrderedDict[str, Encoded] = OrderedDict()
 
     def pixels(self, picture: Picture) -> np.ndarray:
         """float32 [tiles, 3, height, width] as the checkpoint's processor makes them."""
@@ -45,8 +52,8 @@ class ImageEncoder:
         picture: Picture,
         instruction: Sequence[int] | None = None,
         watch: Stopwatch | None = None,
-    ) -> np.ndarray:
-        """Visual tokens float32 [tokens, width].
+    ) -> Encoded:
+        """A picture as the language model takes it.
 
         Args:
             instruction: token ids that the connector reads beside the picture, where it reads any.
@@ -57,12 +64,17 @@ class ImageEncoder:
         if kept is not None:
             self._kept.move_to_end(picture.key)
         if self._instructed:
-            if kept is None:
-                kept = self._keep(picture, np.stack(list(self._features(picture, watch))))
+            if not isinstance(kept, np.ndarray):
+                kept = np.stack(list(self._features(picture, watch)))
+                self._keep(picture, kept)
             return self._tokens(picture, kept, instruction, watch)
         if kept is None:
-            tokens = self._tokens(picture, self._features(picture, watch), None, watch)
-            kept = self._keep(picture, tokens)
+            kept = self._tokens(picture, self._features(picture, watch), None, watch)
+            if self._media_kv is not None:
+                with watch.stage("connector"):
+                    found = self._media_kv.run({"image_features": kept[None]})
+                kept = {name: array[0] for name, array in found.items()}
+            self._keep(picture, kept)
         return kept
 
     def clear(self) -> None:
@@ -87,19 +99,27 @@ class ImageEncoder:
         instruction: Sequence[int] | None,
         watch: Stopwatch,
     ) -> np.ndarray:
+        """Visual tokens float32 [tokens, width]; of a bundle without a connector the features."""
         more = {}
         if instruction is not None:
             more["instruction_ids"] = np.array([instruction], np.int64)
         tiles = []
         for tile in features:
+            if self._connector is None:
+                tiles.append(tile[None])
+                continue
             with watch.stage("connector"):
                 feeds = {"features": tile[None], **more}
                 tiles.append(self._connector.run(feeds)["image_features"])
         with watch.stage("connector"):
             return self._tiler.assemble(picture.plan, np.concatenate(tiles))
 
-    def _keep(self, picture: Picture, array: np.ndarray) -> np.ndarray:
-        self._kept[picture.key] = array
-        while len(self._kept) > 1 and sum(a.nbytes for a in self._kept.values()) > CACHE_BYTES:
+    def _keep(self, picture: Picture, encoded: Encoded) -> None:
+        self._kept[picture.key] = encoded
+        while len(self._kept) > 1 and sum(map(_bytes, self._kept.values())) > CACHE_BYTES:
             self._kept.popitem(last=False)
-        return array
+
+
+def _bytes(encoded: Encoded) -> int:
+    arrays = encoded.values() if isinstance(encoded, dict) else [encoded]
+    return sum(array.nbytes for array in arrays)

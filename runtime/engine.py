@@ -9,6 +9,7 @@ import numpy as np
 
 from vlm_edge.errors import DeviceUnavailable, SettingError
 from vlm_edge.runtime.bundle import Bundle
+from vlm_edge.runtime.media import Media
 
 DEVICES = ("cpu", "cuda", "tensorrt")
 LANGUAGE = ("llm_encoder", "llm")  # engines that a decoder is made of
@@ -50,6 +51,10 @@ class Decoder(Protocol):
     def history(self, prompt: Sequence[int]) -> list[int]:
         """Token ids before the answer's first, as a repetition penalty counts them: the prompt's, or an
         encoder-decoder's start token."""
+
+    def attend(self, media: Media) -> None:
+        """What the positions of the next `prefill` attend to besides each other, where the model attends
+        to pictures; what is decoded after them sees what the last of them does."""
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         """Take in `embeds` float32 [1, s, width]; logits float32 [vocab] of what follows them."""

@@ -16,6 +16,7 @@ NAME = "manifest.json"
 
 Precision = Literal["fp32", "int8", "int4", "w8a8"]  # w8a8: of a language model; others are in int8
 CacheDtype = Literal["float32", "int8"]
+MediaRule = Literal["immediate", "previous"]
 _BYTES = {"float32": 4, "int8": 1}
 Dimension = int | str  # a symbolic dimension is its name
 
@@ -93,6 +94,15 @@ class InstructionSettings:
 
 
 @dataclass(frozen=True)
+class InterleaveSettings:
+    """How texts and pictures in turn become one text (IdeficsProcessor)."""
+
+    bos_token: str  # in front of all
+    around_image: str  # before and after each picture, once between two
+    end_of_utterance: str | None  # between two texts
+
+
+@dataclass(frozen=True)
 class PromptSettings:
     """How text and images become token ids. Source: tokenizer_config.json, the processor."""
 
@@ -104,6 +114,30 @@ class PromptSettings:
     # where false, such a prompt is refused.
     visual_tokens_first: bool = False
     instruction: InstructionSettings | None = None
+    interleave: InterleaveSettings | None = None
+
+
+@dataclass(frozen=True)
+class MediaSettings:
+    """Cross-attention to pictures (Flamingo): what a picture becomes in each such layer, and who sees it.
+
+    Source: IDEFICS's and OpenFlamingo's masks (`runtime/media.py`).
+    """
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    rule: MediaRule
+    end_token_id: int | None  # behind it no picture is seen until the next
+
+    def arrays(self) -> tuple[TensorSpec, ...]:
+        """Keys and values of a picture, tile by tile, as the engine media_kv gives them."""
+        shape = ("tiles", self.kv_heads, "tokens", self.head_dim)
+        return tuple(
+            TensorSpec(f"media.{kind}.{layer}", "float32", shape)
+            for layer in range(self.layers)
+            for kind in ("key", "value")
+        )
 
 
 @dataclass(frozen=True)
@@ -124,6 +158,7 @@ class DecoderSettings:
     chunked_prefill: bool  # false where rotations depend on the whole call (dynamic RoPE)
     cache_dtype: CacheDtype = "float32"  # int8: with one float32 scale for each position and head
     start_token_id: int | None = None  # what an encoder-decoder's answer begins with; else None
+    media: MediaSettings | None = None  # of a language model that attends to pictures
 
     def cache(self) -> tuple[TensorSpec, ...]:
         """The cache's arrays; a graph reads each as `past.<name>` and writes `present.<name>`."""

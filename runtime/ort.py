@@ -13,6 +13,7 @@ from vlm_edge.errors import EngineFailure, ExtraMissing
 from vlm_edge.runtime import native
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.feeds import causal_mask, empty_cache, windows
+from vlm_edge.runtime.media import Media
 
 try:
     import onnxruntime
@@ -119,6 +120,7 @@ class OrtDecoder:
         self._windows = {name: window for name, window in masks if name in self._inputs}
         self._caches = empty_cache(settings, 0)
         self._constants: dict[str, np.ndarray] = {}
+        self._media: Media | None = None
         self._step: _Step | None = None
         self.length = 0
 
@@ -134,9 +136,13 @@ class OrtDecoder:
     def history(self, prompt: Sequence[int]) -> list[int]:
         return list(prompt)
 
-    def begin(self, constants: dict[str, np.ndarray]) -> None:
-        """Forget all positions; from now on every step reads these inputs too."""
-        self._constants, self._step, self.length = constants, None, 0
+    def read(self, constants: dict[str, np.ndarray]) -> None:
+        """From now on every step reads these inputs too."""
+        self._constants, self._step = constants, None
+
+    def attend(self, media: Media) -> None:
+        self._media = media
+        self.read(media.arrays)
 
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
         count = embeds.shape[1]
@@ -146,7 +152,7 @@ class OrtDecoder:
         for start in range(0, count, longest):
             chunk = embeds[:, start : start + longest]
             size = chunk.shape[1]
-            _Step(self, size, logits).run(chunk, self.length)
+            _Step(self, size, logits).run(chunk, self.length, slice(start, start + size))
             self.length += size
         return logits[0, 0]
 
@@ -154,12 +160,13 @@ class OrtDecoder:
         self._reserve(self.length + 1)
         if self._step is None:
             self._step = _Step(self, 1, np.empty((1, 1, self._settings.vocab_size), np.float32))
-        self._step.run(embeds, self.length)
+        self._step.run(embeds, self.length, slice(-1, None))
         self.length += 1
         return self._step.logits[0, 0]
 
     def clear(self) -> None:
-        self.begin({})
+        self.read({})
+        self.length, self._media = 0, None
         self._caches = empty_cache(self._settings, 0)
 
     def close(self) -> None:
@@ -213,8 +220,12 @@ class OrtEncoderDecoder:
     def history(self, prompt: Sequence[int]) -> list[int]:
         return [self._start]
 
+    def attend(self, media: Media) -> None:
+        raise EngineFailure("llm", "an encoder-decoder attends to no pictures")
+
     def prefill(self, embeds: np.ndarray) -> np.ndarray:
-        self._decoder.begin(self._encoder.run({"inputs_embeds": embeds}))
+        self._decoder.length = 0
+        self._decoder.read(self._encoder.run({"inputs_embeds": embeds}))
         return self._decoder.prefill(self._start_embeds[None, None])
 
     def decode(self, embeds: np.ndarray) -> np.ndarray:
@@ -242,6 +253,12 @@ class _Step:
         self._masks = {
             name: np.empty((1, 1, size, capacity), np.float32) for name in decoder._windows
         }
+        self._media, seen = decoder._media, {}
+        if self._media is not None:
+            width = self._media.mask.shape[1]
+            seen["media_mask"] = np.empty((1, 1, size, width), np.float32)
+            seen["media_gate"] = np.empty((1, size, 2), np.float32)
+        self._seen = seen
         self._binding = self._session.io_binding()
         value = onnxruntime.OrtValue.ortvalue_from_numpy  # on the CPU it wraps the array, no copy
         feeds = {
@@ -251,6 +268,7 @@ class _Step:
             "logit_positions": np.array([size - 1], np.int64),
             **self._masks,
             **decoder._constants,
+            **seen,
         }
         self._alive = [feeds, logits, list(decoder._caches.values())]
         for name in feeds.keys() & decoder._inputs:
@@ -261,13 +279,20 @@ class _Step:
             self._binding.bind_ortvalue_input(f"past.{name}", shared)
             self._binding.bind_ortvalue_output(f"present.{name}", shared)
 
-    def run(self, embeds: np.ndarray, start: int) -> None:
-        """Positions start, start + 1, ... through the graph; `embeds` float32 of `size` rows."""
+    def run(self, embeds: np.ndarray, start: int, rows: slice) -> None:
+        """Positions start, start + 1, ... through the graph; `embeds` float32 of `size` rows.
+
+        Args:
+            rows: of the media, what these positions see.
+        """
         size = self._positions.shape[1]
         self._embeds[0] = embeds
         self._positions[0] = np.arange(start, start + size)
         for name, window in self._windows.items():
             self._masks[name][0, 0] = causal_mask(self._positions[0], self._capacity, window)
+        if self._media is not None:
+            self._seen["media_mask"][0, 0] = self._media.mask[rows]
+            self._seen["media_gate"][0] = self._media.gate[rows]
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # the library has an exception for each status

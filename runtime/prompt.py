@@ -29,7 +29,7 @@ from vlm_edge.errors import (
 )
 from vlm_edge.runtime.images import ImageInput
 from vlm_edge.runtime.instruction import Instruction
-from vlm_edge.runtime.manifest import PromptSettings
+from vlm_edge.runtime.manifest import InterleaveSettings, PromptSettings
 from vlm_edge.runtime.picture import Picture, open_picture
 from vlm_edge.runtime.template import ChatTemplate
 from vlm_edge.runtime.tiling.plan import UNLIMITED, TileLimits, Tiler
@@ -93,8 +93,8 @@ def build_prompt(
 
     A text with images becomes one user message, the images first. In messages, image parts without a
     source of their own take `images` in order. Without the template the text is used verbatim, its
-    placeholders included; so is a text where the checkpoint has no template and puts visual tokens first
-    (BLIP-2), since such a text is all its processor knows.
+    placeholders included; so is a text, or texts and images in turn, where the checkpoint has no template and
+    its processor knows another form (BLIP-2, IDEFICS).
 
     Args:
         tiler: says what stands for an image of a given size.
@@ -110,7 +110,8 @@ def build_prompt(
         PromptError: a prompt, message, part or image of another kind.
     """
     given = [_image(image) for image in listed(images)]
-    if template is None and settings.visual_tokens_first and not _is_chat(prompt):
+    own_form = settings.visual_tokens_first or settings.interleave is not None
+    if template is None and own_form and not _is_chat(prompt):
         use_template = False
     if use_template:
         messages, found = _messages(prompt, given)
@@ -123,12 +124,20 @@ def build_prompt(
         text, found = _verbatim(prompt, given, settings)
         _refuse_empty([text], found)
         special = True
+    if settings.interleave is not None:  # its processor writes bos out, and nothing else is added
+        bos, special = settings.interleave.bos_token, False
+        text = text if text.startswith(bos) else bos + text
     # The processor's own form: visual tokens before everything, bos too.
     first = settings.visual_tokens_first and settings.image_token not in text
     if not first and text.count(settings.image_token) != len(found):
         raise ImageCountMismatch(text.count(settings.image_token), len(found), settings.image_token)
     pictures = [open_picture(image, tiler, limits) for image in found]
-    places = [tiler.places(picture.plan, settings.image_token) for picture in pictures]
+    # A picture that is attended to has one place, which says from where on.
+    attended = settings.interleave is not None
+    places = [
+        settings.image_token if attended else tiler.places(picture.plan, settings.image_token)
+        for picture in pictures
+    ]
     if first:
         ids = tokenizer.encode("".join(places), add_special_tokens=False)
         ids += tokenizer.encode(text, add_special_tokens=special)
@@ -139,8 +148,9 @@ def build_prompt(
     if instruction is not None and pictures:
         read = instruction.encode(text.replace(settings.image_token, ""), special)
     built = BuiltPrompt(text, ids, pictures, read)
-    if ids.count(settings.image_token_id) != built.visual_tokens:
-        raise VisualTokenMismatch(ids.count(settings.image_token_id), built.terms)
+    wanted = [1] * len(pictures) if attended else built.terms
+    if ids.count(settings.image_token_id) != sum(wanted):
+        raise VisualTokenMismatch(ids.count(settings.image_token_id), wanted)
     return built
 
 
@@ -174,13 +184,32 @@ def _verbatim(
     prompt: Prompt, given: list[ImageInput], settings: PromptSettings
 ) -> tuple[str, list[ImageInput]]:
     if isinstance(prompt, str):
-        return prompt, given
+        if settings.interleave is None or settings.image_token in prompt:
+            return prompt, given
+        parts = [{"type": "image"} for _ in given] + [{"type": "text", "text": prompt}]
+        return _joined(parts, settings.interleave, settings.image_token), given
     if _is_chat(prompt):
         raise PromptError("chat messages need the chat template; give a text with template=False")
     parts, images = _interleaved(prompt, given)
+    if settings.interleave is not None:
+        return _joined(parts, settings.interleave, settings.image_token), images
     if settings.visual_tokens_first and all("text" in part for part in parts[len(images) :]):
         parts = parts[len(images) :]  # they are first already
     return "".join(part.get("text", settings.image_token) for part in parts), images
+
+
+def _joined(parts: Sequence[Mapping[str, str]], form: InterleaveSettings, token: str) -> str:
+    """Texts and pictures in turn as IdeficsProcessor writes them."""
+    text, before = "", ""
+    for part in parts:
+        if part["type"] == "image":
+            text += token if before == "image" else form.around_image + token
+            text += form.around_image
+        else:
+            text += form.end_of_utterance or "" if before == "text" else ""
+            text += part["text"].strip(" ")
+        before = part["type"]
+    return text
 
 
 # -- chat messages ----------------------------------------------------------------------------

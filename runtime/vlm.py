@@ -13,15 +13,16 @@ import numpy as np
 
 from vlm_edge.errors import ContextOverflow, EngineFailure, SettingError
 from vlm_edge.runtime.bundle import Bundle
-from vlm_edge.runtime.encode import ImageEncoder
+from vlm_edge.runtime.encode import Encoded, ImageEncoder
 from vlm_edge.runtime.engine import open_engines
 from vlm_edge.runtime.images import ImageInput
+from vlm_edge.runtime.inputs import PromptInputs, prompt_inputs
 from vlm_edge.runtime.picture import Picture
 from vlm_edge.runtime.preprocess import check_size
 from vlm_edge.runtime.prompt import BuiltPrompt, Prompt, build_prompt
 from vlm_edge.runtime.sampling import Sampler, StopStrings
 from vlm_edge.runtime.settings import Settings
-from vlm_edge.runtime.splice import prefix_keys, shared_prefix, splice
+from vlm_edge.runtime.splice import shared_prefix
 from vlm_edge.runtime.template import ChatTemplate
 from vlm_edge.runtime.tiling.plan import UNLIMITED, TileLimits, TilePlan
 from vlm_edge.runtime.timings import Stopwatch, Timings
@@ -97,11 +98,10 @@ class VLM:
             self.template = ChatTemplate(source, prompt.special_tokens)
         self.embeddings = bundle.embeddings()
         self._engines, self.decoder = open_engines(bundle, device, threads)
-        self.vision, self.connector = self._engines["vision"], self._engines["connector"]
+        self.vision, self.connector = self._engines["vision"], self._engines.get("connector")
         self.tiler, self.instruction = bundle.tiler(), bundle.instruction()
         self.images = ImageEncoder(
-            self.vision,
-            self.connector,
+            self._engines,
             self.manifest.image,
             self.tiler,
             instructed=self.instruction is not None,
@@ -196,9 +196,9 @@ class VLM:
         ends = () if settings.ignore_eos else self.manifest.generation.eos_token_ids
         self._turn += 1
         turn = self._turn
-        features = self._encode(built, watch)
+        encoded = self._encode(built, watch)
         with watch.stage("prefill"):
-            logits, prefilled = self._prefill(built, features, reuse)
+            logits, prefilled = self._prefill(built, encoded, reuse)
             ids = self.decoder.history(built.token_ids)
             token = self._pick(sampler, logits, ids)
         ttft = watch.elapsed_ms()
@@ -284,13 +284,17 @@ class VLM:
         """float32 [tiles, 3, height, width] as the checkpoint's processor makes them."""
         return self.images.pixels(picture)
 
-    def encode(self, picture: Picture, instruction: Sequence[int] | None = None) -> np.ndarray:
-        """Visual tokens float32 [tokens, width] (`ImageEncoder.encode`)."""
+    def encode(self, picture: Picture, instruction: Sequence[int] | None = None) -> Encoded:
+        """A picture as the language model takes it (`ImageEncoder.encode`)."""
         return self.images.encode(picture, instruction)
 
     def embed(self, built: BuiltPrompt) -> np.ndarray:
         """inputs_embeds float32 [1, n, width]: token rows, visual tokens in their places."""
-        return self._splice(built, self._encode(built, Stopwatch()))
+        return self.inputs(built).embeds
+
+    def inputs(self, built: BuiltPrompt) -> PromptInputs:
+        """All that the decoder reads of a prompt."""
+        return self._inputs(built, self._encode(built, Stopwatch()))
 
     def count_tokens(
         self,
@@ -336,32 +340,27 @@ class VLM:
             self._cached.clear()
             raise
 
-    def _encode(self, built: BuiltPrompt, watch: Stopwatch) -> list[np.ndarray]:
+    def _encode(self, built: BuiltPrompt, watch: Stopwatch) -> list[Encoded]:
         return [self.images.encode(picture, built.instruction, watch) for picture in built.pictures]
 
-    def _splice(self, built: BuiltPrompt, features: Sequence[np.ndarray]) -> np.ndarray:
-        ids = np.asarray(built.token_ids, np.int64)
-        token = self.manifest.prompt.image_token_id
-        return splice(ids, token, self.embeddings, features, built.terms)
+    def _inputs(self, built: BuiltPrompt, encoded: Sequence[Encoded]) -> PromptInputs:
+        settings = self.manifest
+        token = settings.prompt.image_token_id
+        return prompt_inputs(built, encoded, token, settings.decoder, self.embeddings)
 
     def _prefill(
-        self,
-        built: BuiltPrompt,
-        features: Sequence[np.ndarray],
-        reuse: bool,
+        self, built: BuiltPrompt, encoded: Sequence[Encoded], reuse: bool
     ) -> tuple[np.ndarray, int]:
         """Logits [vocab] of the last prompt position, and how many positions were computed."""
-        ids = np.asarray(built.token_ids, np.int64)
-        keys = prefix_keys(
-            ids,
-            self.manifest.prompt.image_token_id,
-            built.visual_keys,
-        )
+        inputs = self._inputs(built, encoded)
         reuse = reuse and self.decoder.keeps_prefix
-        kept = shared_prefix(np.array(self._cached, np.int64), keys) if reuse else 0
-        embeds = self._splice(built, features)[:, kept:]
-        self._cached = keys[:kept].tolist()  # should the engine fail below, the rest is not trusted
+        kept = shared_prefix(np.array(self._cached, np.int64), inputs.keys) if reuse else 0
+        new = inputs.after(kept)
+        # Should the engine fail below, the rest is not trusted.
+        self._cached = inputs.keys[:kept].tolist()
         self.decoder.length = kept
-        logits = self.decoder.prefill(embeds)
-        self._cached = keys.tolist()
-        return logits, embeds.shape[1]
+        if new.media is not None:
+            self.decoder.attend(new.media)
+        logits = self.decoder.prefill(new.embeds)
+        self._cached = inputs.keys.tolist()
+        return logits, new.embeds.shape[1]

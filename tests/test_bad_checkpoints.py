@@ -275,7 +275,7 @@ BUNDLES: dict[str, Bad] = {
     "no manifest": Bad(remove("manifest.json"), BundleMissing, ("manifest.json",)),
     "no folder": Bad(shutil.rmtree, BundleMissing, ("bundle",)),
     "manifest is not JSON": Bad(cut("manifest.json", 0.5), BundleDamaged, ("manifest.json",)),
-    "manifest is a list": Bad(write("manifest.json", "[]"), BundleFormatMismatch, ("None", "2")),
+    "manifest is a list": Bad(write("manifest.json", "[]"), BundleFormatMismatch, ("None", "3")),
     "another format": Bad(manifest("format", 99), BundleFormatMismatch, ("99", "3")),
     "unknown key": Bad(manifest("colour", "red"), BundleDamaged, ("colour",)),
     "unknown inner key": Bad(manifest("decoder.experts", 8), BundleDamaged, ("experts",)),

@@ -112,7 +112,8 @@ def _error(part: Mapping[str, Any], error: float) -> str:
 def _table(first: str, *others: str) -> Table:
     from rich.table import Table
 
-    table = Table(first)
+    table = Table()
+    table.add_column(first, overflow="fold")  # a Q-Former's paths differ in their ends
     for name in others:
         table.add_column(name, justify="right")
     return table
