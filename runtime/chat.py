@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vlm_edge.errors import EmptyPrompt, TemplateError
-from vlm_edge.runtime.prompt import listed
+from vlm_edge.runtime.messages import listed
 from vlm_edge.runtime.settings import Settings
 from vlm_edge.runtime.vlm import VLM, Images, Result, Stream
 

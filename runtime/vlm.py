@@ -17,9 +17,10 @@ from vlm_edge.runtime.encode import Encoded, ImageEncoder
 from vlm_edge.runtime.engine import open_engines
 from vlm_edge.runtime.images import ImageInput
 from vlm_edge.runtime.inputs import PromptInputs, prompt_inputs
+from vlm_edge.runtime.messages import Prompt
 from vlm_edge.runtime.picture import Picture
 from vlm_edge.runtime.preprocess import check_size
-from vlm_edge.runtime.prompt import BuiltPrompt, Prompt, build_prompt
+from vlm_edge.runtime.prompt import BuiltPrompt, build_prompt
 from vlm_edge.runtime.sampling import Sampler, StopStrings
 from vlm_edge.runtime.settings import Settings
 from vlm_edge.runtime.splice import shared_prefix
