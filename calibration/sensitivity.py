@@ -42,6 +42,24 @@ RELATIVE = Measure(lambda pairs: feature_error(pairs).relative, 2)
 KL = Measure(lambda pairs: divergence(pairs).kl, 1)
 
 
+@dataclass(frozen=True)
+class Readout:
+    """What counts of a part's outputs.
+
+    Attributes:
+        outputs: their names.
+        of: from the number of the sample and the outputs by name.
+    """
+
+    outputs: Sequence[str]
+    of: Callable[[int, Mapping[str, np.ndarray]], np.ndarray]
+
+
+def single_output(name: str) -> Readout:
+    """One output as it is."""
+    return Readout((name,), lambda _, outputs: outputs[name])
+
+
 class Switchboard:
     """A part in one session, each of its layers in full precision or quantized as its switch says.
 
@@ -49,7 +67,7 @@ class Switchboard:
         session: of a graph that `export.switched.write` wrote.
         layers: paths of the layers that have switches.
         feeds: the part's own inputs, one entry a sample.
-        output: name of the output whose error counts.
+        readout: whose error counts.
         measure: of that error.
 
     Attributes:
@@ -65,10 +83,10 @@ class Switchboard:
         session: Any,
         layers: Collection[str],
         feeds: Sequence[Mapping[str, np.ndarray]],
-        output: str,
+        readout: Readout,
         measure: Measure,
     ) -> None:
-        self._session, self._feeds, self._output, self._measure = session, feeds, output, measure
+        self._session, self._feeds, self._readout, self._measure = session, feeds, readout, measure
         self._layers = tuple(layers)
         self._known: dict[tuple[frozenset[str], int], float] = {}
         shapes = session.run([SHAPE + path for path in self._layers], self._feed(0, ()))
@@ -83,7 +101,7 @@ class Switchboard:
             times.append(time.perf_counter() - begin)
         self.seconds = min(times)
         if not all(np.isfinite(exact).all() for exact in self._exact):
-            raise CalibrationError(f"{output} is not finite in full precision")
+            raise CalibrationError(f"{readout.outputs[0]} is not finite in full precision")
 
     @property
     def samples(self) -> int:
@@ -98,8 +116,9 @@ class Switchboard:
         return self._known[on, count]
 
     def _run(self, index: int, on: Collection[str]) -> np.ndarray:
-        output: np.ndarray = self._session.run([self._output], self._feed(index, on))[0]
-        return output
+        names = list(self._readout.outputs)
+        found = self._session.run(names, self._feed(index, on))
+        return self._readout.of(index, dict(zip(names, found, strict=True)))
 
     def _feed(self, index: int, on: Collection[str]) -> dict[str, np.ndarray]:
         switches = {SWITCH + path: np.array(path in on) for path in self._layers}

@@ -1,4 +1,4 @@
-"""Quantized language models beside full precision: how far their next tokens are, on held-out prompts."""
+"""Quantized language models beside full precision: how far next tokens are, on what was held out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 from vlm_edge.calibration.divergence import divergence
 from vlm_edge.errors import CalibrationError
 from vlm_edge.export import fold, graphs
-from vlm_edge.export.layerwise import States, last_positions, runner, session_runner
+from vlm_edge.export.examples import Example, Examples
+from vlm_edge.export.layerwise import States, runner, session_runner
 from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers import Float, Quantizer
 from vlm_edge.export.static import Progress
@@ -20,41 +21,34 @@ from vlm_edge.runtime.manifest import DecoderSettings
 
 @dataclass(frozen=True)
 class Judge:
-    """Writes a quantized model and compares its logits with full precision's on held-out prompts."""
+    """Writes a quantized part and compares the logits that follow from it with full precision's, on the
+    examples that are held out."""
 
     settings: DecoderSettings
-    embeds: Sequence[np.ndarray]
+    examples: Sequence[Example]
     reference: Sequence[np.ndarray]  # float32 [positions, vocab]
 
     @classmethod
-    def of(
-        cls,
-        part: Part,
-        settings: DecoderSettings,
-        embeds: Sequence[np.ndarray],
-        states: States,
-        held_out: Sequence[int],
-        scratch: Path,
-    ) -> Judge:
+    def of(cls, name: str, part: Part, examples: Examples, states: States, scratch: Path) -> Judge:
         """From the states behind the last layer.
 
         Raises:
             CalibrationError: logits are not finite.
         """
         assert part.layers is not None
-        run = runner(part.layers.build_head(Float()), settings, scratch / "head.onnx")
+        run = runner(part.layers.build_head(Float()), scratch / "head.onnx")
         reference = []
-        for number, index in enumerate(held_out):
-            exact = states[index]
-            logits = run(exact, logit_positions=last_positions(exact.shape[1]))["logits"][0]
+        for number, example in enumerate(examples.held_out, len(examples.used)):
+            outputs = run(example.feeds(examples.settings, states[number]))
+            logits = example.logits(outputs)
             if not np.isfinite(logits).all():
                 raise CalibrationError(
-                    "the llm part's logits are not finite in full precision; the checkpoint's weights "
-                    "are damaged, or too large for float32"
+                    f"the {name} part's logits are not finite in full precision; the checkpoint's "
+                    "weights are damaged, or too large for float32"
                 )
             np.save(scratch / f"logits.{number}.npy", logits)
             reference.append(np.load(scratch / f"logits.{number}.npy", mmap_mode="r"))
-        return cls(settings, [embeds[index] for index in held_out], reference)
+        return cls(examples.settings, examples.held_out, reference)
 
     def write(
         self,
@@ -72,11 +66,8 @@ class Judge:
         path = folder / f"{name}.onnx"
         graphs.save(model, path, lambda done, of: progress(f"write {name} {precision}", done, of))
         # Not frugal: unpacked INT4 weights are twenty times slower.
-        run = session_runner(path, self.settings, frugal=False)
-        found = (
-            run(embed, logit_positions=last_positions(embed.shape[1]))["logits"][0]
-            for embed in self.embeds
-        )
+        run = session_runner(path, frugal=False)
+        found = (example.logits(run(example.feeds(self.settings))) for example in self.examples)
         return asdict(divergence(zip(found, self.reference, strict=True)))
 
 

@@ -1,13 +1,14 @@
-"""A decoder's calibration one layer at a time, so that memory is one layer's whatever the model's size.
+"""A language part's calibration one layer at a time, so that memory is one layer's whatever its size.
 
-The states between layers of all calibration prompts lie in files. Each layer is a small graph in full
-precision that gives the inputs of its linear layers and the next states.
+The states between layers of all examples lie in files. Each layer is a small graph in full precision that
+gives the inputs of its linear layers and the next states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +18,15 @@ from vlm_edge.calibration.ranges import migration
 from vlm_edge.errors import CalibrationError
 from vlm_edge.export import fold, graphs
 from vlm_edge.export.checkpoint import TensorRef
+from vlm_edge.export.examples import Arrays, Examples
 from vlm_edge.export.model import Part
-from vlm_edge.export.quantizers import Observer
+from vlm_edge.export.quantizers import Observer, Quantizer
 from vlm_edge.export.static import Progress
 from vlm_edge.export.tensors import column_peaks
-from vlm_edge.runtime.feeds import prefill_feeds
-from vlm_edge.runtime.manifest import DecoderSettings
 from vlm_edge.runtime.ort import open_session
 
 INPUT = "input."
 ROWS = 1024  # of an input added to the sums at once
-LAST = 32  # positions of a prompt whose logits are compared
 
 
 @dataclass
@@ -72,45 +71,45 @@ class Input:
 
 
 class States:
-    """What lies between two layers, of every prompt, in files; at first the embedded prompts. Layers may
+    """What lies between two layers, of every example, in files; at first what the part reads. Layers may
     change the width.
 
     Args:
-        embeds: inputs_embeds float32 [1, n, width] of every prompt.
-        path: of the files, each with its prompt's number before the suffix, float32 [1, n, width].
+        path: of the files, each with its example's number before the suffix, float32 [1, n, width].
     """
 
-    def __init__(self, embeds: Sequence[np.ndarray], path: Path) -> None:
-        self._paths = [path.with_suffix(f".{n}{path.suffix}") for n in range(len(embeds))]
-        for index, embed in enumerate(embeds):
-            self[index] = embed
+    def __init__(self, examples: Examples, path: Path) -> None:
+        self._paths = list[Path]()
+        for index, example in enumerate(examples):
+            self._paths.append(path.with_suffix(f".{index}{path.suffix}"))
+            self[index] = example.embeds
 
     def __len__(self) -> int:
         return len(self._paths)
 
-    def __getitem__(self, prompt: int) -> np.ndarray:
+    def __getitem__(self, example: int) -> np.ndarray:
         """float32 [1, n, width]"""
-        return np.load(self._paths[prompt])
+        return np.load(self._paths[example])
 
-    def __setitem__(self, prompt: int, states: np.ndarray) -> None:
-        np.save(self._paths[prompt], states)
+    def __setitem__(self, example: int, states: np.ndarray) -> None:
+        np.save(self._paths[example], states)
 
 
 def inputs_by_layer(
+    name: str,
     part: Part,
-    settings: DecoderSettings,
+    examples: Examples,
     states: States,
-    held_out: Collection[int],
     grams: bool,
     scratch: Path,
     progress: Progress,
 ) -> Iterator[dict[str, Input]]:
-    """Layer after layer, the inputs of its linear layers by the path of the first that reads each.
+    """Layer after layer, the inputs of its linear layers by the path of the first that reads each; at
+    last of those behind the layers, unless the part keeps these at 8 bits (`Part.keep8`).
 
     Args:
-        part: a language model.
-        states: of the prompts; when all layers were run, what `Layers.build_head` takes.
-        held_out: prompts that are run and not taken in.
+        name: of the part.
+        states: of the examples; when all layers were run, what `Layers.build_head` takes.
         grams: sum products of channels too.
         scratch: a folder for one layer's weights.
 
@@ -119,58 +118,57 @@ def inputs_by_layer(
     """
     layers = part.layers
     assert layers is not None, "language models have layers"
-    floats = replace(settings, cache_dtype="float32")  # single layers have no other
-    for index in range(layers.count):
+    behind = Observer(lambda op, x: {})
+    layers.build_head(behind)
+    builds: list[Callable[[Quantizer], ir.Model]]
+    builds = [partial(layers.build, index) for index in range(layers.count)]
+    if not behind.weights.keys() <= part.keep8:
+        builds.append(layers.build_head)
+    floats = replace(examples.settings, cache_dtype="float32")  # single layers have no other
+    for step, build in enumerate(builds):
         observer = Observer(lambda op, x: {INPUT: op.Identity(x)})
-        model = layers.build(index, observer)
+        model = build(observer)
         found = _inputs(observer, grams)
         observer.add_outputs(model)
-        run = runner(model, floats, scratch / "layer.onnx")
-        for prompt in range(len(states)):
-            results = run(states[prompt])
-            states[prompt] = results.pop("output")
-            if prompt in held_out:
-                continue
-            for name, rows in results.items():
-                first = name.removeprefix(INPUT)
+        run = runner(model, scratch / "layer.onnx")
+        for index, example in enumerate(examples):
+            results = run(example.feeds(floats, states[index]))
+            if step < layers.count:
+                states[index] = results["output"]
+            for first, kept in found.items() if index < len(examples.used) else ():
+                rows = results[INPUT + first]
                 if not np.isfinite(rows).all():
                     raise CalibrationError(f"the input of {first} is not finite in full precision")
-                found[first].add(rows[0])
+                kept.add(rows[0])
         for kept in found.values():
             kept.finish()
-        progress("calibrate llm", index + 1, layers.count)
+        progress(f"calibrate {name}", step + 1, len(builds))
         yield found
 
 
-def last_positions(count: int) -> np.ndarray:
-    """int64: those of a prompt of `count` tokens whose logits are compared."""
-    return np.arange(max(0, count - LAST), count)
+Run = Callable[[Arrays], dict[str, np.ndarray]]
 
 
-def runner(
-    model: ir.Model, settings: DecoderSettings, path: Path, frugal: bool = True
-) -> Callable[..., dict[str, np.ndarray]]:
-    """`(states [1, n, width], **feeds) -> outputs by name` of a decoder, one of its layers or its head.
+def runner(model: ir.Model, path: Path, frugal: bool = True) -> Run:
+    """Outputs by name of a language part, one of its layers or what follows them, but for its cache. It
+    picks what it reads from the inputs it is given.
 
     Args:
         path: where the graph is written.
         frugal: as in `open_session`.
     """
     graphs.save(model, path)
-    return session_runner(path, settings, frugal)
+    return session_runner(path, frugal)
 
 
-def session_runner(
-    path: Path, settings: DecoderSettings, frugal: bool
-) -> Callable[..., dict[str, np.ndarray]]:
-    """As `runner`, of a graph that is written. Caches are not among the outputs."""
-    session = open_session(path, "llm", None, frugal)
-    inputs = {spec.name for spec in session.get_inputs()}
+def session_runner(path: Path, frugal: bool) -> Run:
+    """As `runner`, of a graph that is written."""
+    session = open_session(path, path.stem, None, frugal)
+    inputs = [spec.name for spec in session.get_inputs()]
     names = [s.name for s in session.get_outputs() if not s.name.startswith("present.")]
 
-    def run(states: np.ndarray, **feeds: np.ndarray) -> dict[str, np.ndarray]:
-        every = {**prefill_feeds(settings, states), **feeds}
-        found = session.run(names, {name: every[name] for name in inputs})
+    def run(feeds: Arrays) -> dict[str, np.ndarray]:
+        found = session.run(names, {name: feeds[name] for name in inputs})
         return dict(zip(names, found, strict=True))
 
     return run

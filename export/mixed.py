@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from vlm_edge.calibration.sensitivity import Measure, Switchboard, Unit, kind, measure_layers
+from vlm_edge.calibration.sensitivity import (
+    Measure,
+    Readout,
+    Switchboard,
+    Unit,
+    kind,
+    measure_layers,
+)
 from vlm_edge.errors import CalibrationError
 from vlm_edge.export import layer_times, switched
 from vlm_edge.export.layer_times import Shape, Times
@@ -131,7 +138,7 @@ def study(
     build: Callable[[Quantizer], ir.Model],
     quantizer: Callable[[], Quantizer],
     feeds: Sequence[Mapping[str, np.ndarray]],
-    output: str,
+    readout: Readout,
     measure: Measure,
     scratch: Path,
     tick: Tick,
@@ -147,7 +154,7 @@ def study(
         build: the part's graph by a quantizer (`Part.build`).
         quantizer: makes the quantizer under study, anew for each graph.
         feeds: the part's inputs, one entry a sample; all of them judge an assignment.
-        output: name of the output whose error counts.
+        readout: whose error counts.
         measure: of that error.
         scratch: folder for the graphs.
         rows: of the calls that are timed; None: as many as in the first sample.
@@ -159,7 +166,7 @@ def study(
     path = scratch / f"{name}_switched.onnx"
     graph = switched.write(build, quantizer(), path)
     layers = tuple(graph.weights)
-    board = Switchboard(open_session(path, name, None, frugal), layers, feeds, output, measure)
+    board = Switchboard(open_session(path, name, None, frugal), layers, feeds, readout, measure)
     shapes = {}
     for layer in layers:
         outputs, inputs = graph.weights[layer].shape

@@ -17,6 +17,7 @@ from vlm_edge.calibration.audit import audit, audit_prompts
 from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.errors import SettingError, TemplateError, UnsupportedConfig
 from vlm_edge.export import archs, graphs, lowering, mixed, static, writer
+from vlm_edge.export.answers import answered
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
 from vlm_edge.export.embedded_prompts import (
@@ -28,6 +29,7 @@ from vlm_edge.export.embedded_prompts import (
     kept_tokens,
     samples,
 )
+from vlm_edge.export.examples import Example, Examples
 from vlm_edge.export.lowering.cpu import Windows
 from vlm_edge.export.memory import PeakMemory
 from vlm_edge.export.model import Model, Part
@@ -41,7 +43,7 @@ from vlm_edge.export.static import Progress
 from vlm_edge.export.tiling import OverlapOrder, with_overlap
 from vlm_edge.export.w8a8 import write_w8a8
 from vlm_edge.export.weight_only_int4 import write_int4
-from vlm_edge.export.weight_only_int8 import thinned, write_int8
+from vlm_edge.export.weight_only_int8 import EXAMPLES, write_int8
 from vlm_edge.runtime.feeds import windows
 from vlm_edge.runtime.manifest import (
     FORMAT,
@@ -301,13 +303,19 @@ def _write_calibrated(
         visual = _write_images(steps, model, calibrated, prompts, data, tried, budgets, scratch)
         if not language:
             return
-        embeds = embedded_prompts(model, prompts, visual)
+        embeds, held_out = embedded_prompts(model, prompts, visual), data.held_out_prompts
+        if model.decoder.start_token_id is None:
+            examples = {"llm": Examples.split(model.decoder, [*map(Example, embeds)], held_out)}
+        else:
+            examples = answered(
+                model.parts, model.decoder, model.embeddings, prompt.eos_token_ids, embeds,
+                held_out, scratch, steps.tick,
+            )  # fmt: skip
         for name in language:
             part, kind = model.parts[name], precisions[name]
             steps.errors[name] = LANGUAGE[kind](
-                name, part, model.decoder, embeds, data, steps.folder, scratch,
-                steps.tick, budgets.kl,
-            )  # fmt: skip
+                name, part, examples[name], steps.folder, scratch, steps.tick, budgets.kl
+            )
             layers = steps.errors[name].get("layers")
             steps.entry(name, part, mixed.precision_of(layers) if layers else kind)
 
@@ -362,7 +370,7 @@ def _audit(
     if reader is not None:  # the language model alone reads prompts, under INT8 not all of them
         used = [i for i in range(len(data.prompts)) if i not in data.held_out_prompts]
         if precisions[reader] == "int8":
-            used, _ = thinned(data)
+            used = calibration_data.evenly(used, EXAMPLES)
         prompts = [data.prompts[index] for index in used]
         more, lacking = audit_prompts(prompts, Tokenizer(folder / "tokenizer.json"))
         facts, warnings = facts | more, warnings + lacking

@@ -25,7 +25,7 @@ from vlm_edge.calibration.ranges import (
     magnitudes,
     migration,
 )
-from vlm_edge.calibration.sensitivity import RELATIVE
+from vlm_edge.calibration.sensitivity import RELATIVE, single_output
 from vlm_edge.errors import CalibrationError, SettingError
 from vlm_edge.export import fold, graphs, mixed
 from vlm_edge.export.lowering import cpu
@@ -307,7 +307,7 @@ def write_int8(
         part.build,
         lambda: floats.quantizer(best),
         [floats.feeds[index] for index in evenly(held_out, JUDGES)],
-        target.name,
+        single_output(target.name),
         RELATIVE,
         scratch,
         progress,

@@ -10,28 +10,31 @@ weights in blocks, as under `int8`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from onnxscript import nn
 
-from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.export.checkpoint import TensorRef
+from vlm_edge.export.examples import Examples
 from vlm_edge.export.judge import Judge, unmet
 from vlm_edge.export.layerwise import States, inputs_by_layer
 from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers.static_int8 import StaticInt8
 from vlm_edge.export.quantizers.weight_only import WeightOnly
 from vlm_edge.export.static import Progress
-from vlm_edge.export.weight_only_int8 import BLOCK, thinned
-from vlm_edge.runtime.manifest import DecoderSettings
+from vlm_edge.export.weight_only_int8 import BLOCK, EXAMPLES
 
 STRENGTH = 0.8  # of the migration: weights have finer scales, so most of the difficulty goes there
 BUDGET = 0.03  # KL divergence to full precision, nats a token
 # Layers with float activations; the next of these where the budget is not met, at last all.
-STEPS: tuple[tuple[str, ...], ...] = ((".down_proj",), (".down_proj", ".o_proj"), ("",))
+STEPS: tuple[tuple[str, ...], ...] = (
+    (".down_proj", ".fc2", ".wo"),
+    (".down_proj", ".fc2", ".wo", ".o_proj", ".out_proj", ".o"),
+    ("",),
+)
 
 
 class W8A8:
@@ -57,9 +60,7 @@ class W8A8:
 def write_w8a8(
     name: str,
     part: Part,
-    settings: DecoderSettings,
-    embeds: Sequence[np.ndarray],
-    data: CalibrationSet,
+    examples: Examples,
     folder: Path,
     scratch: Path,
     progress: Progress,
@@ -79,19 +80,17 @@ def write_w8a8(
         CalibrationError: even without a static layer it is not within `budget`.
     """
     limit = BUDGET if budget is None else budget
-    used, held_out = thinned(data)
-    chosen = [embeds[index] for index in (*used, *held_out)]
-    kept = range(len(used), len(chosen))
-    states = States(chosen, scratch / "states.npy")
+    examples = examples.thinned(EXAMPLES)
+    states = States(examples, scratch / "states.npy")
     smoothing: dict[str, np.ndarray] = {}
     ranges: dict[str, float] = {}
-    for inputs in inputs_by_layer(part, settings, states, kept, False, scratch, progress):
+    for inputs in inputs_by_layer(name, part, examples, states, False, scratch, progress):
         for found in inputs.values():
             factors = found.smoothing(STRENGTH)
             smoothing |= factors
             for path in found.weights:
                 ranges[path] = float((found.peaks / factors.get(path, 1)).max())
-    judge = Judge.of(part, settings, chosen, states, kept, scratch)
+    judge = Judge.of(name, part, examples, states, scratch)
     tried: list[dict[str, Any]] = []
     for suffixes in STEPS:
         static = {path: peak for path, peak in ranges.items() if not path.endswith(suffixes)}

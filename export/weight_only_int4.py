@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from vlm_edge.calibration import awq, gptq
-from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.errors import CalibrationError
+from vlm_edge.export.examples import Examples
 from vlm_edge.export.judge import Judge, unmet
 from vlm_edge.export.language_study import TRIES, linear_layers, study
 from vlm_edge.export.layerwise import Input, States, inputs_by_layer
@@ -19,7 +19,6 @@ from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers.rounding import block_size
 from vlm_edge.export.quantizers.weight_only import Rounded, WeightOnly
 from vlm_edge.export.static import Progress
-from vlm_edge.runtime.manifest import DecoderSettings
 
 BITS, BLOCK, BLOCK8 = 4, 32, 128
 LOW, HIGH = -8, 7
@@ -28,18 +27,16 @@ LOW, HIGH = -8, 7
 BUDGET = 0.035
 # Of a model too large to be measured layer by layer: kinds of layers that go to INT8 first (the inputs
 # of down_proj and the outputs of v_proj have the largest outliers: SmoothQuant, arXiv 2211.10438).
-STEPS: tuple[tuple[str, ...], ...] = (
-    (".v_proj", ".down_proj"),
-    (".v_proj", ".down_proj", ".o_proj", ".q_proj", ".k_proj"),
-)
+# In the names of Llama-type models, OPT and T5.
+VALUES, DOWN = (".v_proj", ".v"), (".down_proj", ".fc2", ".wo")
+ATTENTION = (".o_proj", ".q_proj", ".k_proj", ".out_proj", ".o", ".q", ".k")
+STEPS: tuple[tuple[str, ...], ...] = ((*VALUES, *DOWN), (*VALUES, *DOWN, *ATTENTION))
 
 
 def write_int4(
     name: str,
     part: Part,
-    settings: DecoderSettings,
-    embeds: Sequence[np.ndarray],
-    data: CalibrationSet,
+    examples: Examples,
     folder: Path,
     scratch: Path,
     progress: Progress,
@@ -63,14 +60,13 @@ def write_int4(
         CalibrationError: no assignment is within `budget`.
     """
     limit = BUDGET if budget is None else budget
-    states = States(embeds, scratch / "states.npy")
+    states = States(examples, scratch / "states.npy")
     rounded: dict[str, Rounded] = {}
     smoothing: dict[str, np.ndarray] = {}
-    held_out = data.held_out_prompts
-    for inputs in inputs_by_layer(part, settings, states, held_out, True, scratch, progress):
+    for inputs in inputs_by_layer(name, part, examples, states, True, scratch, progress):
         for found in inputs.values():
             _round(found, part.keep8, scratch, rounded, smoothing)
-    judge = Judge.of(part, settings, embeds, states, held_out, scratch)
+    judge = Judge.of(name, part, examples, states, scratch)
     paths = linear_layers(part) - part.keep8
 
     def quantizer(int8: frozenset[str]) -> WeightOnly:
@@ -86,9 +82,7 @@ def write_int4(
 
     studied, int8 = None, frozenset[str]()
     if write(int8) > limit:
-        studied = study(
-            name, part, settings, lambda: quantizer(frozenset()), judge.embeds, scratch, progress
-        )
+        studied = study(name, part, examples, lambda: quantizer(frozenset()), scratch, progress)
         if studied is None:
             int8 = _by_kind(paths, limit, write)
         else:

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vlm_edge.calibration.data import CalibrationSet, evenly
+from vlm_edge.export.examples import Examples
 from vlm_edge.export.judge import Judge, unmet
 from vlm_edge.export.language_study import TRIES, study
 from vlm_edge.export.layerwise import States, inputs_by_layer
 from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers.weight_only import WeightOnly
 from vlm_edge.export.static import Progress
-from vlm_edge.runtime.manifest import DecoderSettings
 
 BLOCK = 128
 # KL divergence to full precision, nats a token: INT8 is for those who want the same answers.
 BUDGET = 0.02
 STRENGTH = 0.65  # of the migration
-PROMPTS = 32  # for calibration; INT8 asks for ranges only
+EXAMPLES = 32  # for calibration; INT8 asks for ranges only
 
 
 def write_int8(
     name: str,
     part: Part,
-    settings: DecoderSettings,
-    embeds: Sequence[np.ndarray],
-    data: CalibrationSet,
+    examples: Examples,
     folder: Path,
     scratch: Path,
     progress: Progress,
@@ -51,15 +47,13 @@ def write_int8(
         CalibrationError: no assignment is within `budget`.
     """
     limit = BUDGET if budget is None else budget
-    used, judges = thinned(data)
-    chosen = [embeds[index] for index in (*used, *judges)]
-    held_out = range(len(used), len(chosen))
-    states = States(chosen, scratch / "states.npy")
+    examples = examples.thinned(EXAMPLES)
+    states = States(examples, scratch / "states.npy")
     smoothing: dict[str, np.ndarray] = {}
-    for inputs in inputs_by_layer(part, settings, states, held_out, False, scratch, progress):
+    for inputs in inputs_by_layer(name, part, examples, states, False, scratch, progress):
         for found in inputs.values():
             smoothing |= found.smoothing(STRENGTH)
-    judge = Judge.of(part, settings, chosen, states, held_out, scratch)
+    judge = Judge.of(name, part, examples, states, scratch)
     candidates = {"nearest": {}, f"smooth-{STRENGTH * 100:.0f}": smoothing}
 
     @lru_cache(maxsize=1)  # what was written last lies there
@@ -73,8 +67,8 @@ def write_int8(
     tried = {method: write(method, frozenset()) for method in candidates}
     best = min(tried, key=lambda method: tried[method]["kl"])
     studied = study(
-        name, part, settings, lambda: WeightOnly(8, BLOCK, smoothing=candidates[best]),
-        judge.embeds, scratch, progress,
+        name, part, examples, lambda: WeightOnly(8, BLOCK, smoothing=candidates[best]),
+        scratch, progress,
     )  # fmt: skip
     layers, exact = frozenset[str](), frozenset[str]()
     if studied is not None:
@@ -85,10 +79,3 @@ def write_int8(
         raise unmet(name, budget, min(step["kl"] for step in tried.values()))
     report = {} if studied is None else studied.report(layers - exact, "int8")
     return {"method": best, "budget_kl": limit, **said, "tried": tried, "layers": report}
-
-
-def thinned(data: CalibrationSet) -> tuple[list[int], list[int]]:
-    """Prompts that set and that measure an INT8 model, taken evenly."""
-    held_out = list(data.held_out_prompts)
-    used = [index for index in range(len(data.prompts)) if index not in data.held_out_prompts]
-    return evenly(used, PROMPTS), evenly(held_out, PROMPTS // 2)

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from small_graph import ref, run, write
 from test_sensitivity import case_of, real_error
 
-from vlm_edge.calibration.sensitivity import Unit
+from vlm_edge.calibration.sensitivity import Unit, single_output
 from vlm_edge.cli import layers as tables
 from vlm_edge.cli.main import cli
 from vlm_edge.errors import CalibrationError, SettingError
@@ -421,7 +421,7 @@ def test_a_language_model_by_its_divergence(
     monkeypatch.setattr(layer_times, "measure", timed)
     case = case_of(checkpoint, "siglip-qwen2", "llm", bits)
     study = mixed.study(
-        "llm", case.part.build, case.quantizer, case.feeds, case.output, case.measure, tmp_path,
+        "llm", case.part.build, case.quantizer, case.feeds, single_output(case.output), case.measure, tmp_path,
         lambda *_: None, rows=1, frugal=False,
     )  # fmt: skip
     assert set(rows) == {1}

@@ -17,6 +17,7 @@ from vlm_edge.calibration.sensitivity import (
     Switchboard,
     kind,
     measure_layers,
+    single_output,
 )
 from vlm_edge.errors import CalibrationError
 from vlm_edge.export import graphs, switched
@@ -92,7 +93,7 @@ def case_of(checkpoint: Callable[[str], Path], name: str, part: str, bits: int =
 def switchboard(case: Case, path: Path) -> Switchboard:
     layers = switched.write(case.part.build, case.quantizer(), path).weights
     session = open_session(path, "part", 1)
-    return Switchboard(session, layers, case.feeds, case.output, case.measure)
+    return Switchboard(session, layers, case.feeds, single_output(case.output), case.measure)
 
 
 def real_error(case: Case, paths: Collection[str], folder: Path) -> float:
@@ -155,7 +156,7 @@ def test_shapes_and_biases_are_those_of_the_layers(
     case = case_of(checkpoint, "clip-llama-biases", "vision")
     written = switched.write(case.part.build, case.quantizer(), tmp_path / "a.onnx")
     session = open_session(tmp_path / "a.onnx", "part", 1)
-    board = Switchboard(session, written.weights, case.feeds, case.output, RELATIVE)
+    board = Switchboard(session, written.weights, case.feeds, single_output(case.output), RELATIVE)
     for path, weight in written.weights.items():
         assert board.shapes[path] == (1, 10, weight.shape[1])  # 3 x 3 patches and the class token
         assert written.has_bias(path)

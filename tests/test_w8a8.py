@@ -14,6 +14,7 @@ from small_graph import ref, run, write_product
 from test_weight_only import DATA, LENGTHS, quiet
 
 from vlm_edge.export import w8a8
+from vlm_edge.export.examples import Example, Examples
 from vlm_edge.export.pipeline import read_model
 from vlm_edge.export.w8a8 import W8A8, write_w8a8
 
@@ -21,14 +22,13 @@ from vlm_edge.export.w8a8 import W8A8, write_w8a8
 def written(checkpoint: Path, folder: Path) -> dict[str, Any]:
     _, model, _ = read_model(checkpoint)
     generator = np.random.default_rng(5)
-    embeds = [
-        generator.standard_normal((1, length, model.decoder.width)).astype(np.float32)
+    every = [
+        Example(generator.standard_normal((1, length, model.decoder.width)).astype(np.float32))
         for length in LENGTHS
     ]
+    examples = Examples.split(model.decoder, every, DATA.held_out_prompts)
     (folder / "scratch").mkdir(parents=True)
-    return write_w8a8(
-        "llm", model.parts["llm"], model.decoder, embeds, DATA, folder, folder / "scratch", quiet
-    )
+    return write_w8a8("llm", model.parts["llm"], examples, folder, folder / "scratch", quiet)
 
 
 def static_products(graph: ir.Graph) -> set[str]:

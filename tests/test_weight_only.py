@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from vlm_edge.calibration.data import CalibrationSet, Prompt
 from vlm_edge.calibration.divergence import divergence
 from vlm_edge.errors import CalibrationError
 from vlm_edge.export import (
+    examples,
     graphs,
     language_study,
-    layerwise,
     weight_only_int4,
     weight_only_int8,
 )
 from vlm_edge.export.checkpoint import TensorRef
+from vlm_edge.export.examples import Example, Examples
 from vlm_edge.export.layerwise import States, inputs_by_layer, runner
 from vlm_edge.export.model import Part
 from vlm_edge.export.pipeline import read_model
@@ -46,6 +47,9 @@ class Subject:
     part: Part
     settings: DecoderSettings
     embeds: list[np.ndarray]
+
+    def examples(self, held_out: Sequence[int] = ()) -> Examples:
+        return Examples.split(self.settings, [Example(embed) for embed in self.embeds], held_out)
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +84,13 @@ def test_the_layers_in_turn_are_the_whole_model(
     case: str, subject: Callable[[str], Subject], tmp_path: Path
 ) -> None:
     it = subject(case)
-    states = States(it.embeds, tmp_path / "states.npy")
-    for _ in inputs_by_layer(it.part, it.settings, states, (), False, tmp_path, quiet):
+    states = States(it.examples(), tmp_path / "states.npy")
+    for _ in inputs_by_layer("llm", it.part, it.examples(), states, False, tmp_path, quiet):
         pass
-    head = runner(it.part.layers.build_head(Float()), it.settings, tmp_path / "head.onnx")
+    head = runner(it.part.layers.build_head(Float()), tmp_path / "head.onnx")
     for index, embed in enumerate(it.embeds):
-        found = head(states[index], logit_positions=np.arange(embed.shape[1]))["logits"]
+        feeds = Example(embed).feeds(it.settings, states[index])
+        found = head({**feeds, "logit_positions": np.arange(embed.shape[1])})["logits"]
         expected = run_whole(it, it.part.build(Float()), tmp_path / "whole.onnx", embed)["logits"]
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -115,9 +120,10 @@ def test_gptq_layer_by_layer_rounds_as_over_the_whole_model(
             for name, value in run_whole(it, model, tmp_path / "whole.onnx", embed).items():
                 if name.startswith("gram."):
                     sums[name[5:]] = sums.get(name[5:], 0) + value
-    states = States(it.embeds, tmp_path / "states.npy")
+    split = it.examples(held_out)
+    states = States(split, tmp_path / "states.npy")
     seen: set[str] = set()
-    layers = inputs_by_layer(it.part, it.settings, states, held_out, True, tmp_path, quiet)
+    layers = inputs_by_layer("llm", it.part, split, states, True, tmp_path, quiet)
     for inputs in layers:
         for first, found in inputs.items():
             expected = sums[first]
@@ -150,8 +156,10 @@ def test_only_inputs_behind_norms_and_gates_are_scaled(
 ) -> None:
     for case, gated in (("clip-mistral-window", True), ("clip-llama-biases", False)):
         it = subject(case)
-        states = States(it.embeds, tmp_path / "states.npy")
-        for inputs in inputs_by_layer(it.part, it.settings, states, (), False, tmp_path, quiet):
+        states = States(it.examples(), tmp_path / "states.npy")
+        for inputs in inputs_by_layer(
+            "llm", it.part, it.examples(), states, False, tmp_path, quiet
+        ):
             found = {first.split(".")[-1]: kept.smoothable for first, kept in inputs.items()}
             # A bias behind up_proj would have to be scaled as well: it is left alone.
             assert found == {"q_proj": True, "o_proj": False, "gate_proj": True, "down_proj": gated}
@@ -161,9 +169,10 @@ def test_what_is_not_finite_is_named(subject: Callable[[str], Subject], tmp_path
     it = subject("clip-mistral-window")
     bad = [it.embeds[0].copy()]
     bad[0][0, 2, 3] = np.nan
-    states = States(bad, tmp_path / "states.npy")
+    damaged = Subject(it.part, it.settings, bad).examples()
+    states = States(damaged, tmp_path / "states.npy")
     with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj is not finite"):
-        list(inputs_by_layer(it.part, it.settings, states, (), True, tmp_path, quiet))
+        list(inputs_by_layer("llm", it.part, damaged, states, True, tmp_path, quiet))
 
 
 # -- the graphs that are written --------------------------------------------------------------
@@ -174,9 +183,8 @@ def written(
 ) -> dict[str, Any]:
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
     write = {"int4": weight_only_int4.write_int4, "int8": weight_only_int8.write_int8}[kind]
-    return write(
-        "llm", it.part, it.settings, it.embeds, data, folder, folder / "scratch", quiet, **options
-    )
+    split = it.examples(data.held_out_prompts)
+    return write("llm", it.part, split, folder, folder / "scratch", quiet, **options)
 
 
 def logits(path: Path, it: Subject, embed: np.ndarray) -> np.ndarray:
@@ -191,7 +199,7 @@ def logits(path: Path, it: Subject, embed: np.ndarray) -> np.ndarray:
 def test_the_figures_are_those_of_the_held_out_prompts(
     kind: str, subject: Callable[[str], Subject], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layerwise, "LAST", 20)
+    monkeypatch.setattr(examples, "LAST", 20)
     it = subject("siglip-qwen2")
     said = written(kind, it, tmp_path)
     graphs.save(it.part.build(Float()), tmp_path / "exact.onnx")
@@ -309,7 +317,7 @@ def test_gptq_beats_rounding_to_nearest(
     nearest = WeightOnly(4, block, it.part.keep8, block8=block8)
     graphs.save(it.part.build(nearest), tmp_path / "nearest.onnx")
     graphs.save(it.part.build(Float()), tmp_path / "exact.onnx")
-    last = slice(-layerwise.LAST, None)
+    last = slice(-examples.LAST, None)
     exact, found = (
         [logits(tmp_path / f"{name}.onnx", it, embeds[i])[last] for i in data.held_out_prompts]
         for name in ("exact", "nearest")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import tiny
 
-from vlm_edge.export.checkpoint import Checkpoint, Weights
+from vlm_edge.export.checkpoint import Checkpoint, TensorRef, Weights
+from vlm_edge.export.examples import Example, Examples
 from vlm_edge.export.language import opt
 from vlm_edge.export.language.interface import decoder_part
 from vlm_edge.export.model import Part
@@ -22,7 +23,7 @@ SIZES: dict[str, Any] = dict(
     max_position_embeddings=90,
 )  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
-    "pre-norm": dict(),
+    "pre-norm": {},
     "pre-norm-24": dict(hidden_size=72),  # a head_dim that every attention takes
     "post-norm": dict(do_layer_norm_before=False, hidden_size=40, num_attention_heads=5,
                       tie_word_embeddings=False),
@@ -78,24 +79,31 @@ class Subject:
         shape = (1, count, self.settings.width)
         return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
+    def examples(self, embeds: Sequence[np.ndarray], held_out: Sequence[int] = ()) -> Examples:
+        return Examples.split(self.settings, [Example(embed) for embed in embeds], held_out)
+
     def prompts(self, lengths: Sequence[int]) -> list[np.ndarray]:
         return [self.embeds(length, seed) for seed, length in enumerate(lengths)]
 
 
+def part_of(
+    folder: Path, cache_dtype: CacheDtype = "float32"
+) -> tuple[Part, DecoderSettings, TensorRef]:
+    """The language model of a checkpoint of `build`, its settings and its token table."""
+    checkpoint = Checkpoint(folder)
+    weights = Weights(checkpoint)
+    config, decoder = opt.read(checkpoint.config, cache_dtype), weights.sub("model.decoder")
+    table = decoder.sub("embed_tokens")
+    part = decoder_part(decoder, table if config.tied else weights.sub("lm_head"), config)
+    return part, config.settings(), table.tensor("weight", config.vocab_size, config.width)
+
+
 def read(folder: Path, cache_dtype: CacheDtype = "float32") -> Subject:
-    """A checkpoint of `build`."""
+    """A checkpoint of `build`, and its reference."""
     import torch
     import transformers
 
-    checkpoint = Checkpoint(folder)
-    config = opt.read(checkpoint.config, cache_dtype)
-    weights = Weights(checkpoint)
-    decoder = weights.sub("model.decoder")
-    table = decoder.sub("embed_tokens")
+    torch.set_num_threads(1)  # at these sizes threads only wait for each other
+    part, settings, table = part_of(folder, cache_dtype)
     model = transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return Subject(
-        decoder_part(decoder, table if config.tied else weights.sub("lm_head"), config),
-        config.settings(),
-        table.tensor("weight", config.vocab_size, config.width).numpy(),
-        model,
-    )
+    return Subject(part, settings, table.numpy(), model)

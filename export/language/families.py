@@ -10,7 +10,6 @@ from vlm_edge.export.language import llama, opt
 from vlm_edge.export.language.interface import DecoderFamily
 from vlm_edge.runtime.manifest import CacheDtype
 
-
 READERS: dict[str, Callable[[Config, CacheDtype], DecoderFamily]] = {
     **dict.fromkeys(llama.MODEL_TYPES, llama.read),
     **dict.fromkeys(opt.MODEL_TYPES, opt.read),

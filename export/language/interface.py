@@ -13,7 +13,7 @@ from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.graphs import Interface, build
 from vlm_edge.export.model import Layers, Part
 from vlm_edge.export.quantizers import Observer, Quantizer
-from vlm_edge.runtime.manifest import DecoderSettings, TensorSpec
+from vlm_edge.runtime.manifest import DecoderSettings, MediaSettings, TensorSpec
 
 Mask = Literal["full", "sliding"]
 MASKS: dict[Mask, str] = {"full": "attention_mask", "sliding": "sliding_attention_mask"}
@@ -41,7 +41,7 @@ class DecoderFamily(Protocol):
 
         Args:
             weights: of the whole decoder.
-            inputs: by name; a graph of one layer has no other layer's cache nor its `cross` arrays.
+            inputs: by name; a graph of one layer has no other layer's cache.
         """
 
     def layer(self, weights: Weights, index: int, quantizer: Quantizer) -> nn.Module:
@@ -78,6 +78,7 @@ class Decoder(nn.Module):
         count = config.settings().layers
         self.layers = nn.ModuleList([config.layer(weights, i, quantizer) for i in range(count)])
         self.head = config.head(weights, head, quantizer)
+        self.head._set_name("")  # its tensors keep the checkpoint's names
 
     def forward(self, op: Any, inputs: dict[str, ir.Value]) -> list[ir.Value]:
         caches = [inputs[f"past.{spec.name}"] for spec in self._config.settings().cache()]
@@ -115,9 +116,22 @@ def _interface(config: DecoderFamily, settings: DecoderSettings) -> Interface:
     cache = settings.cache()
     inputs += [replace(spec, name=f"past.{spec.name}") for spec in cache]
     inputs += settings.cross()
+    if settings.media is not None:
+        inputs += media_inputs(settings.media)
     outputs = [TensorSpec("logits", "float32", ("batch", "asked", settings.vocab_size))]
     outputs += [replace(spec, name=f"present.{spec.name}") for spec in cache]
     return Interface(tuple(inputs), tuple(outputs))
+
+
+def media_inputs(media: MediaSettings) -> list[TensorSpec]:
+    """What a decoder that attends to pictures reads of them: keys and values of all pictures one after
+    another, what each position sees of them, and how much of what it finds there it takes."""
+    shape = ("batch", media.kv_heads, "media", media.head_dim)
+    return [
+        *(replace(spec, shape=shape) for spec in media.arrays()),
+        TensorSpec("media_mask", "float32", ("batch", 1, "sequence", "media")),
+        TensorSpec("media_gate", "float32", ("batch", "sequence", 2)),
+    ]
 
 
 def decoder_part(weights: Weights, head: Weights, config: DecoderFamily) -> Part:
@@ -146,6 +160,9 @@ def decoder_layers(weights: Weights, head: Weights, config: DecoderFamily) -> La
     whole = _interface(config, settings)
     specs = {spec.name: spec for spec in whole.inputs}
     state = ("batch", "sequence", config.state_width)
+    constant = list(settings.cross())  # what a prompt gives every layer
+    if settings.media is not None:
+        constant += media_inputs(settings.media)
 
     def interface(first: TensorSpec, names: Sequence[str], output: TensorSpec) -> Interface:
         return Interface((first, *(specs[name] for name in names)), (output,))
@@ -161,13 +178,15 @@ def decoder_layers(weights: Weights, head: Weights, config: DecoderFamily) -> La
             return [module(op, x["inputs_embeds"], context, x["write_indices"], x[mask], past)[0]]
 
         names = ["positions", "write_indices", mask, "past.key.0", "past.value.0"]
-        names += [spec.name for spec in settings.cross()[2 * index : 2 * index + 2]]
+        names += [spec.name for spec in constant]
         first = specs["inputs_embeds"]
         if index:
             first = replace(first, shape=state)
-        return build(
-            "layer", interface(first, names, TensorSpec("output", "float32", state)), forward
-        )
+        output = TensorSpec("output", "float32", state)
+        model = build("layer", interface(first, names, output), forward)
+        for value in [each for each in model.graph.inputs if not each.uses()]:
+            model.graph.inputs.remove(value)  # what other layers read
+        return model
 
     def build_head(quantizer: Quantizer) -> ir.Model:
         module = config.head(weights, head, quantizer)

@@ -172,7 +172,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(
             weights.sub("post_attention_layernorm"), config.width, config.epsilon
         )
-        self.mlp = _MLP(weights.sub("mlp"), config, quantizer)
+        self.mlp = MLP(weights.sub("mlp"), config, quantizer)
 
     def forward(self, op: Any, x: ir.Value, *context: Any) -> tuple[ir.Value, list[ir.Value]]:
         mixed, cache = self.self_attn(op, self.input_layernorm(op, x), *context)
@@ -232,7 +232,9 @@ class _Attention(nn.Module):
         return op.Transpose(op.Reshape(x, [0, 0, heads, self._head_dim]), perm=[0, 2, 1, 3])
 
 
-class _MLP(nn.Module):
+class MLP(nn.Module):
+    """Gated feed-forward, x [..., width] -> same."""
+
     def __init__(self, weights: Weights, config: DecoderConfig, quantizer: Quantizer) -> None:
         super().__init__()
         width, hidden, bias = config.width, config.hidden, config.mlp_bias

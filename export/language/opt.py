@@ -148,12 +148,12 @@ class Layer(nn.Module):
     ) -> tuple[ir.Value, list[ir.Value]]:
         first, second = self.self_attn_layer_norm, self.final_layer_norm
         if self._before:
-            mixed, cache = self.self_attn(op, first(op, x), write_indices, mask, cache)
+            mixed, written = self.self_attn(op, first(op, x), write_indices, mask, cache)
             x = op.Add(x, mixed)
-            return op.Add(x, self._feed_forward(op, second(op, x))), cache
-        mixed, cache = self.self_attn(op, x, write_indices, mask, cache)
+            return op.Add(x, self._feed_forward(op, second(op, x))), written
+        mixed, written = self.self_attn(op, x, write_indices, mask, cache)
         x = first(op, op.Add(x, mixed))
-        return second(op, op.Add(x, self._feed_forward(op, x))), cache
+        return second(op, op.Add(x, self._feed_forward(op, x))), written
 
     def _feed_forward(self, op: Any, x: ir.Value) -> ir.Value:
         return self.fc2(op, self._act(op, self.fc1(op, x)))

@@ -19,6 +19,7 @@ CAPACITY = "capacity"  # the axis of the caches and masks that TensorScatter wan
 Span = tuple[int, int, int]  # an axis's shortest, usual and longest size
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # by input name
 ONE: Span = (1, 1, 1)
+TYPICAL = 32  # tokens of a question
 
 
 def lower(portable: Path, capacity: int) -> str | None:
@@ -49,15 +50,18 @@ def lower(portable: Path, capacity: int) -> str | None:
 
 
 def profiles(
-    inputs: Sequence[TensorSpec], capacity: int, chunk: int, tiles: int = 1
+    inputs: Sequence[TensorSpec], capacity: int, chunk: int, tiles: int = 1, words: int = 512
 ) -> tuple[Profile, ...]:
     """The ranges of input shapes that an engine is built for.
 
     A language model has two, prefill of 1 to `chunk` positions and decode of one; other parts have
-    one, for 1 to `tiles` tiles.
+    one, for 1 to `tiles` tiles, an instruction of 1 to `words` tokens or an encoder-decoder's prompt of
+    1 to `capacity`.
     """
     spans: dict[str, Span] = {"batch": ONE, "asked": ONE, CAPACITY: (capacity,) * 3}
     spans["tiles"] = (1, 1, tiles)
+    spans["instruction"] = (1, min(TYPICAL, words), words)
+    spans["source"] = (1, min(TYPICAL, capacity), capacity)
     if not any("sequence" in spec.shape for spec in inputs):
         return (_profile(inputs, spans),)
     longest = min(chunk, capacity)
