@@ -117,7 +117,8 @@ class _Ladder:
         )
 
     def connector(self) -> Iterator[Rung]:
-        if not self._built.pictures:
+        connector = self._vlm.connector
+        if not self._built.pictures or connector is None:
             return
         features = np.concatenate(self._features)
         feeds = {"features": features}
@@ -125,7 +126,7 @@ class _Ladder:
             feeds["instruction_ids"] = np.array([self._built.instruction] * len(features), np.int64)
         yield from self._stage(
             "connector",
-            self._vlm.connector.run(feeds)["image_features"],
+            connector.run(feeds)["image_features"],
             self._expected.image_features,
             lambda: engine_layers(self._vlm.bundle, "connector", feeds),
         )
