@@ -20,22 +20,22 @@ from vlm_edge.export import archs, graphs, lowering, mixed, static, writer
 from vlm_edge.export.answers import answered
 from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import read_json
-from vlm_edge.export.embedded_prompts import (
-    Sample,
-    Visual,
-    embedded_prompts,
-    instructed_tokens,
-    instructions,
-    kept_tokens,
-    samples,
-)
-from vlm_edge.export.examples import Example, Examples
+from vlm_edge.export.examples import Examples
 from vlm_edge.export.lowering.cpu import Windows
 from vlm_edge.export.memory import PeakMemory
 from vlm_edge.export.model import Model, Part
 from vlm_edge.export.parts import INSTRUCTION
 from vlm_edge.export.precision import Budgets, PrecisionPlan
 from vlm_edge.export.processor import read_processor
+from vlm_edge.export.prompt_examples import (
+    Sample,
+    Visual,
+    examples,
+    instructed_tokens,
+    instructions,
+    kept_tokens,
+    samples,
+)
 from vlm_edge.export.prompt_files import PromptFiles, read_prompt_files
 from vlm_edge.export.quantizers import Float
 from vlm_edge.export.source import resolve
@@ -303,18 +303,18 @@ def _write_calibrated(
         visual = _write_images(steps, model, calibrated, prompts, data, tried, budgets, scratch)
         if not language:
             return
-        embeds, held_out = embedded_prompts(model, prompts, visual), data.held_out_prompts
+        asked, held_out = examples(model, prompts, visual), data.held_out_prompts
         if model.decoder.start_token_id is None:
-            examples = {"llm": Examples.split(model.decoder, [*map(Example, embeds)], held_out)}
+            read = {"llm": Examples.split(model.decoder, asked, held_out)}
         else:
-            examples = answered(
-                model.parts, model.decoder, model.embeddings, prompt.eos_token_ids, embeds,
-                held_out, scratch, steps.tick,
+            read = answered(
+                model.parts, model.decoder, model.embeddings, prompt.eos_token_ids,
+                [example.embeds for example in asked], held_out, scratch, steps.tick,
             )  # fmt: skip
         for name in language:
             part, kind = model.parts[name], precisions[name]
             steps.errors[name] = LANGUAGE[kind](
-                name, part, examples[name], steps.folder, scratch, steps.tick, budgets.kl
+                name, part, read[name], steps.folder, scratch, steps.tick, budgets.kl
             )
             layers = steps.errors[name].get("layers")
             steps.entry(name, part, mixed.precision_of(layers) if layers else kind)

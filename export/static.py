@@ -25,7 +25,7 @@ from vlm_edge.calibration.ranges import (
     magnitudes,
     migration,
 )
-from vlm_edge.calibration.sensitivity import RELATIVE, single_output
+from vlm_edge.calibration.sensitivity import RELATIVE, Readout, single_output
 from vlm_edge.errors import CalibrationError, SettingError
 from vlm_edge.export import fold, graphs, mixed
 from vlm_edge.export.lowering import cpu
@@ -91,7 +91,7 @@ class Floats:
 
     Attributes:
         feeds: its inputs.
-        outputs: memory-mapped file [tiles, ...].
+        outputs: memory-mapped file [tiles, ...]; of a part with several outputs [tiles, outputs, ...].
         ranges: of the linear layers' inputs, over the tiles that are not held out.
         layers: the linear layers, with their weights.
     """
@@ -226,13 +226,13 @@ def _observe(
     progress: Progress,
 ) -> tuple[Ranges, np.ndarray]:
     """The ranges of the graph at `path`, and its outputs in a mapped file beside it."""
-    (target,), count = part.interface.outputs, len(feeds.rows)
+    readout, count = _readout(part), len(feeds.rows)
     statistics, held_out = Statistics(), set(tiles.held_out)
     outputs: np.ndarray | None = None
     for index, produced in enumerate(_runs(path, name, (feeds[i] for i in range(count)))):
         if index not in held_out:
             statistics.add(produced)
-        features = produced[target.name]
+        features = readout.of(index, produced)
         if not np.isfinite(features).all():
             picture = tiles.names[tiles.picture[index]]
             raise CalibrationError(
@@ -276,7 +276,7 @@ def write_int8(
     """
     path = folder / f"{name}.onnx"
     held_out = tiles.held_out
-    (target,) = part.interface.outputs
+    readout = _readout(part)
 
     @lru_cache(maxsize=1)  # what was written last lies there
     def write(method: str, exact: frozenset[str]) -> dict[str, float]:
@@ -289,7 +289,7 @@ def write_int8(
         lowered = path.with_name(cpu.lower(path) or path.name)  # all in float: nothing to lower
         runs = _runs(lowered, name, (floats.feeds[index] for index in held_out))
         error = feature_error(
-            (produced[target.name], floats.outputs[index])
+            (readout.of(index, produced), floats.outputs[index])
             for index, produced in zip(held_out, runs, strict=True)
         )
         return {"cosine": error.cosine, "relative_error": error.relative}
@@ -307,7 +307,7 @@ def write_int8(
         part.build,
         lambda: floats.quantizer(best),
         [floats.feeds[index] for index in evenly(held_out, JUDGES)],
-        single_output(target.name),
+        readout,
         RELATIVE,
         scratch,
         progress,
@@ -318,6 +318,14 @@ def write_int8(
     error = write(best, layers - choice.quantized)
     report = study.report(choice.quantized, "int8")
     return {**said, **error, "max_error": budget, "layers": report}
+
+
+def _readout(part: Part) -> Readout:
+    """A part's output [1, ...]; several of one shape (media_kv) as one array [1, outputs, ...]."""
+    names = [spec.name for spec in part.interface.outputs]
+    if len(names) == 1:
+        return single_output(names[0])
+    return Readout(names, lambda _, found: np.stack([found[name] for name in names], axis=1))
 
 
 def _runs(path: Path, name: str, feeds: Iterable[Feed]) -> Iterator[dict[str, np.ndarray]]:

@@ -80,7 +80,8 @@ def with_overlap(model: Model, order: OverlapOrder) -> Model:
     if model.grid is None:
         raise SettingError(
             f"tiling {name}: the {model.tiling.tokens} tokens of a tile form no grid (they are no patches, "
-            "or the class token is among them, or a patch is dropped), so tiles cannot overlap by whole tokens"
+            "or the class token is among them, or a patch is dropped), so tiles cannot overlap by whole "
+            "tokens"
         )
     resize = model.image.resize
     settings = Overlap(

@@ -30,7 +30,7 @@ class PromptInputs:
 
     def after(self, kept: int) -> PromptInputs:
         """Without the first `kept` positions."""
-        rest = None if self.media is None else self.media.after(kept)
+        rest = None if self.media is None else self.media.of(slice(kept, None))
         return PromptInputs(self.embeds[:, kept:], rest, self.keys[kept:])
 
 

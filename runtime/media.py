@@ -34,9 +34,13 @@ class Media:
     mask: np.ndarray
     gate: np.ndarray
 
-    def after(self, kept: int) -> Media:
-        """Of the positions from `kept` on."""
-        return Media(self.arrays, self.mask[kept:], self.gate[kept:])
+    def of(self, positions: slice) -> Media:
+        """What these positions attend to."""
+        return Media(self.arrays, self.mask[positions], self.gate[positions])
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        """The graph's inputs by name."""
+        return {**self.arrays, "media_mask": self.mask[None, None], "media_gate": self.gate[None]}
 
 
 def seen(

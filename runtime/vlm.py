@@ -100,6 +100,7 @@ class VLM:
         self.embeddings = bundle.embeddings()
         self._engines, self.decoder = open_engines(bundle, device, threads)
         self.vision, self.connector = self._engines["vision"], self._engines.get("connector")
+        self.media_kv = self._engines.get("media_kv")
         self.tiler, self.instruction = bundle.tiler(), bundle.instruction()
         self.images = ImageEncoder(
             self._engines,

@@ -70,7 +70,7 @@ def test_pictures_lie_one_after_another() -> None:
         [shut] * 5, *[[open_] * 2 + [shut] * 3] * 2, *[[shut] * 2 + [open_] * 3] * 2
     ]  # fmt: skip
     assert found.gate.tolist() == [[0, 1]] + [[1, 1]] * 4
-    assert found.after(3).mask.tolist() == found.mask[3:].tolist()
+    assert found.of(slice(3, None)).mask.tolist() == found.mask[3:].tolist()
 
 
 def test_a_prompt_without_pictures_sees_nothing() -> None:

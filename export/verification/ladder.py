@@ -1,6 +1,7 @@
 """The parity ladder, climbed with one prompt: stage by stage, and layer by layer where a stage fails.
 
-token ids -> tiling -> pixels -> vision -> connector -> embeddings -> prefill logits -> greedy tokens.
+token ids -> tiling -> pixels -> vision -> connector [-> media_kv] -> embeddings -> prefill logits -> greedy
+tokens.
 Every stage is fed what the bundle's own stages before it gave, so the first rung that fails is where the
 fault is; tiling is climbed even if token ids fail, since a wrong number of places says why they do.
 Stages that hold or follow a quantized engine are measured and not judged.
@@ -50,8 +51,8 @@ class Probe:
 def climb(vlm: VLM, reference: Any, probe: Probe, new_tokens: int) -> Iterator[Rung]:
     """Rungs from the bottom up; none above the first that fails."""
     ladder = _Ladder(vlm, reference, probe, new_tokens)
-    for stage in (ladder.prompt, ladder.pixels, ladder.vision, ladder.connector, ladder.embeddings,
-                  ladder.logits, ladder.tokens):  # fmt: skip
+    for stage in (ladder.prompt, ladder.pixels, ladder.vision, ladder.connector, ladder.media_kv,
+                  ladder.embeddings, ladder.logits, ladder.tokens):  # fmt: skip
         failed = False
         for rung in stage():
             yield rung
@@ -118,33 +119,50 @@ class _Ladder:
 
     def connector(self) -> Iterator[Rung]:
         connector = self._vlm.connector
-        if not self._built.pictures or connector is None:
+        if not self._built.pictures:
             return
-        features = np.concatenate(self._features)
+        features = self._tokens = np.concatenate(self._features)
+        if connector is None:
+            return
         feeds = {"features": features}
         if self._built.instruction is not None:
             feeds["instruction_ids"] = np.array([self._built.instruction] * len(features), np.int64)
+        self._tokens = connector.run(feeds)["image_features"]
         yield from self._stage(
             "connector",
-            connector.run(feeds)["image_features"],
+            self._tokens,
             self._expected.image_features,
             lambda: engine_layers(self._vlm.bundle, "connector", feeds),
         )
 
+    def media_kv(self) -> Iterator[Rung]:
+        """Keys and values that the language model attends to, one array after another."""
+        media = self._vlm.media_kv
+        if not self._built.pictures or media is None:
+            return
+        found, expected = media.run({"image_features": self._tokens}), self._expected.media
+        rows = [
+            np.concatenate([arrays[name].reshape(-1, arrays[name].shape[-1]) for name in found])
+            for arrays in (found, expected)
+        ]
+        yield from self._stage("media_kv", *rows)
+
     def embeddings(self) -> Iterator[Rung]:
         self._exact = self._exact and self._vlm.manifest.embeddings.scales is None
-        self._embeds = self._vlm.embed(self._built)
-        yield from self._stage("embeddings", self._embeds, self._expected.embeddings)
+        self._read = self._vlm.inputs(self._built)
+        yield from self._stage("embeddings", self._read.embeds, self._expected.embeddings)
 
     def logits(self) -> Iterator[Rung]:
         self._vlm.decoder.length = 0
-        self._prefilled = self._vlm.decoder.prefill(self._embeds).copy()
+        if self._read.media is not None:
+            self._vlm.decoder.attend(self._read.media)
+        self._prefilled = self._vlm.decoder.prefill(self._read.embeds).copy()
         expected = self._expected.logits
         yield from self._stage(
             "prefill logits",
             self._prefilled,
             expected,
-            lambda: llm_layers(self._vlm.bundle, self._embeds),
+            lambda: llm_layers(self._vlm.bundle, self._read),
         )
         if not self._exact:
             kl = divergence([(self._prefilled, expected)]).kl

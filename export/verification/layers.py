@@ -11,6 +11,7 @@ import onnx_ir as ir
 from vlm_edge.errors import EngineFailure
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.feeds import prefill_feeds
+from vlm_edge.runtime.inputs import PromptInputs
 
 # as export/vision, export/connectors and export/language name the values
 LAYER = re.compile(r"^((?:vision|connector|llm_encoder|llm)\.layers\.\d+)\.output$")
@@ -27,16 +28,15 @@ def engine_layers(
     return _run(bundle, engine, feeds)[0]
 
 
-def llm_layers(bundle: Bundle, embeds: np.ndarray) -> dict[str, np.ndarray]:
+def llm_layers(bundle: Bundle, inputs: PromptInputs) -> dict[str, np.ndarray]:
     """Layer name -> float32 [1, n, width] of a prompt prefilled at once; of an encoder-decoder the
-    encoder's layers, then the decoder's for the token that the answer begins with.
-
-    Args:
-        embeds: float32 [1, n, width].
-    """
-    settings = bundle.manifest.decoder
+    encoder's layers, then the decoder's for the token that the answer begins with."""
+    settings, embeds = bundle.manifest.decoder, inputs.embeds
     if settings.start_token_id is None:
-        return _run(bundle, "llm", prefill_feeds(settings, embeds))[0]
+        feeds = prefill_feeds(settings, embeds)
+        if inputs.media is not None:
+            feeds |= inputs.media.feeds()
+        return _run(bundle, "llm", feeds)[0]
     layers, cross = _run(bundle, "llm_encoder", {"inputs_embeds": embeds})
     start = bundle.embeddings().row(settings.start_token_id)[None, None]
     return layers | _run(bundle, "llm", prefill_feeds(settings, start) | cross)[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,6 +45,8 @@ class Stages:
         embeddings: [1, n, llm width].
         logits: [vocab] of the last position.
         layers: outputs by layer name, "vision.layers.0" ... and "llm.layers.0" ...
+        media: keys and values by the names of the engine media_kv's outputs, [tiles, kv_heads, tokens,
+            head_dim]; empty where nothing attends to pictures.
     """
 
     features: np.ndarray | None
@@ -52,6 +54,7 @@ class Stages:
     embeddings: np.ndarray
     logits: np.ndarray
     layers: dict[str, np.ndarray]
+    media: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Reference:
@@ -94,12 +97,7 @@ class Reference:
         if template:
             content: list[dict[str, str]] = [{"type": "image"} for _ in images]
             content.append({"type": "text", "text": prompt})
-            # Blip2Processor drops its folder's template, its tokenizer keeps it.
-            processor = self.processor
-            renderer = processor if processor.chat_template else processor.tokenizer
-            prompt = renderer.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
+            prompt = self.render(content)
             # as apply_chat_template(tokenize=True) does
             bos = self.processor.tokenizer.bos_token
             special = not (bos is not None and prompt.startswith(bos))
@@ -112,6 +110,16 @@ class Reference:
             visual_tokens=[self.visual_tokens(tensors, index) for index in range(len(pictures))],
             tensors=tensors,
         )
+
+    def render(self, content: list[dict[str, str]]) -> str:
+        """A user's message through the chat template."""
+        # Blip2Processor drops its folder's template, its tokenizer keeps it.
+        processor = self.processor
+        renderer = processor if processor.chat_template else processor.tokenizer
+        rendered: str = renderer.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        return rendered
 
     def tiles(self, tensors: Any) -> list[np.ndarray]:
         """The tiles of each picture, float32 [tiles, 3, height, width], without the processor's padding.
@@ -139,6 +147,7 @@ class Reference:
             image_features=found.pop("image_features", None),
             embeddings=found.pop("embeddings"),
             logits=logits,
+            media={name: found.pop(name) for name in list(found) if name.startswith("media.")},
             layers=found,
         )
 

@@ -16,10 +16,14 @@ from vlm_edge.calibration.data import CalibrationSet
 from vlm_edge.errors import CalibrationError, PromptError
 from vlm_edge.export import graphs
 from vlm_edge.export.checkpoint import TensorRef
+from vlm_edge.export.examples import Arrays, Example
 from vlm_edge.export.model import Model, Part
 from vlm_edge.export.prompt_files import PromptFiles
 from vlm_edge.export.quantizers import Float
 from vlm_edge.export.static import Feed, Tiles
+from vlm_edge.runtime.manifest import PromptSettings
+from vlm_edge.runtime.media import media
+from vlm_edge.runtime.messages import Prompt
 from vlm_edge.runtime.ort import open_session
 from vlm_edge.runtime.prompt import build_prompt
 from vlm_edge.runtime.splice import splice
@@ -64,11 +68,10 @@ def samples(model: Model, files: PromptFiles, folder: Path, data: CalibrationSet
     tiler, found = model.tiler(), []
     for prompt in data.prompts:
         images = [data.paths[index] for index in prompt.pictures]
-        text, use = prompt.text, template is not None
-        if not use and images and not settings.visual_tokens_first:
-            text = f"{settings.image_token}\n" * len(images) + text
+        use = template is not None
+        asked, given = (prompt.text, images) if use else _own_form(prompt.text, images, settings)
         try:
-            built = build_prompt(text, images, settings, core, template, tiler, use_template=use)
+            built = build_prompt(asked, given, settings, core, template, tiler, use_template=use)
         except PromptError as error:
             raise CalibrationError(f"calibration prompt {prompt.text!r}: {error}") from error
         plans = [picture.plan for picture in built.pictures]
@@ -79,6 +82,16 @@ def samples(model: Model, files: PromptFiles, folder: Path, data: CalibrationSet
             instruction = tuple(read[: settings.instruction.max_tokens])
         found.append(Sample(built.token_ids, pictures, instruction))
     return found
+
+
+def _own_form(text: str, images: list[Path], settings: PromptSettings) -> tuple[Prompt, list[Path]]:
+    """A prompt of a model without a chat template; several pictures where texts and pictures come in turn
+    have the text behind each, as few-shot prompts do."""
+    if settings.interleave is not None and len(images) > 1:
+        return [part for image in images for part in (image, text)], []
+    if not images or settings.visual_tokens_first or settings.interleave is not None:
+        return text, images
+    return f"{settings.image_token}\n" * len(images) + text, images
 
 
 def instructions(prompts: Sequence[Sample], tiles: Tiles) -> list[Feed]:
@@ -114,16 +127,45 @@ def instructed_tokens(connector: Part, features: np.ndarray, tiles: Tiles, scrat
     return visual
 
 
-def embedded_prompts(model: Model, prompts: Sequence[Sample], visual: Visual) -> list[np.ndarray]:
-    """inputs_embeds float32 [1, n, width] of every calibration prompt, as the runtime makes them, and no
-    longer than the language model has positions."""
+def examples(model: Model, prompts: Sequence[Sample], visual: Visual) -> list[Example]:
+    """Every calibration prompt as the language model reads it when it runs, and no longer than it has
+    positions."""
     table, tiler, most = _Rows(model.embeddings), model.tiler(), model.decoder.max_positions
-    embeds = []
+    found = []
     for prompt in prompts:
-        tokens = [tiler.assemble(plan, visual(index, prompt)) for index, plan in prompt.pictures]
         ids = np.asarray(prompt.token_ids, np.int64)
-        embeds.append(splice(ids, model.prompt.image_token_id, table, tokens)[:, :most])
-    return embeds
+        if model.decoder.media is not None:
+            attended = _Attended(model, prompt, visual, most)
+            found.append(Example(table.rows(ids)[None, :most], attended))
+            continue
+        tokens = [tiler.assemble(plan, visual(index, prompt)) for index, plan in prompt.pictures]
+        embeds = splice(ids, model.prompt.image_token_id, table, tokens)
+        found.append(Example(embeds[:, :most]))
+    return found
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """What a prompt's positions attend to, as inputs of the graph (Flamingo)."""
+
+    model: Model
+    prompt: Sample
+    visual: Visual
+    most: int | None
+
+    def __call__(self) -> Arrays:
+        settings = self.model.decoder.media
+        assert settings is not None, "asked of models that attend to pictures"
+        names = [spec.name for spec in settings.arrays()]
+        pictures = []
+        for index, _ in self.prompt.pictures:
+            rows = self.visual(index, self.prompt)  # [tiles, arrays, kv_heads, tokens, head_dim]
+            pictures.append(
+                {name: np.concatenate(list(rows[:, i]), axis=1) for i, name in enumerate(names)}
+            )
+        ids = np.asarray(self.prompt.token_ids, np.int64)
+        found = media(ids, self.model.prompt.image_token_id, settings, pictures)
+        return found.of(slice(self.most)).feeds()
 
 
 @dataclass(frozen=True)

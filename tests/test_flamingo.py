@@ -1,0 +1,216 @@
+"""IDEFICS: prompts, pixels, logits of every step and greedy tokens are those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from answers import counted
+from conftest import Cache
+from tiny_idefics import IDEFICS_CASES, build_idefics
+
+from vlm_edge import VLM
+from vlm_edge.errors import ImageCountMismatch, TemplateError
+from vlm_edge.export.pipeline import export
+from vlm_edge.export.precision import PrecisionPlan
+from vlm_edge.export.verify import verify
+from vlm_edge.runtime.bundle import Bundle
+
+MARGIN, LOGIT_TOLERANCE, NEW_TOKENS = 5e-4, 1e-4, 16  # the margin in deviations of the logits
+QUESTION = "what is the color?"
+A, B, C = Path("wide.png"), Path("tall.png"), Path("photo.jpg")  # names of pictures
+PROMPTS: dict[str, list[str | Path]] = {
+    "image first": [A, QUESTION],
+    "text first": ["User: this is ", A, " what is it?"],
+    "text last": ["what", A],
+    "two in a row": [A, B, QUESTION],
+    "few-shot": [A, "what? a color.</s>", B, "what? the thing.</s>", C, "what?"],
+    "two texts": ["what is", "the color of", A, "this?"],
+    "no image": ["what is this and that"],
+}
+
+
+class IdeficsReference:
+    def __init__(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoProcessor, IdeficsForVisionText2Text
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.processor = AutoProcessor.from_pretrained(folder)
+        model = IdeficsForVisionText2Text.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.eval()
+
+    def inputs(self, parts: list[str | Path]) -> Any:
+        from transformers.image_utils import load_image
+
+        opened = [load_image(str(p)) if isinstance(p, Path) else p for p in parts]
+        return self.processor(text=opened, return_tensors="pt")
+
+    def answer(self, inputs: Any) -> tuple[list[int], np.ndarray]:
+        import torch
+
+        with torch.inference_mode():
+            output = self.model.generate(
+                **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, output_logits=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        count = len(output.logits)
+        return output.sequences[0, -count:].tolist(), torch.cat(output.logits).numpy()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("idefics")
+    return Cache(lambda case: build_idefics(case, root / case))
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path]
+) -> Callable[[str], VLM]:
+    root = tmp_path_factory.mktemp("idefics-bundles")
+
+    def make(case: str) -> VLM:
+        export(checkpoints(case), root / case)
+        return VLM.load(root / case, threads=1)
+
+    return Cache(make)
+
+
+@pytest.fixture(scope="module")
+def truth(checkpoints: Callable[[str], Path]) -> Callable[[str], IdeficsReference]:
+    import torch
+
+    torch.set_num_threads(1)
+    return Cache(lambda case: IdeficsReference(checkpoints(case)))
+
+
+def placed(parts: list[str | Path], pictures: dict[str, Path]) -> list[str | Path]:
+    return [pictures[part.name] if isinstance(part, Path) else part for part in parts]
+
+
+@pytest.mark.verifies("flamingo", "token ids, pixels, logits of every step, greedy tokens")
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("case", IDEFICS_CASES)
+def test_answers_are_those_of_transformers(
+    case: str,
+    prompt: str,
+    loaded: Callable[[str], VLM],
+    truth: Callable[[str], IdeficsReference],
+    pictures: dict[str, Path],
+) -> None:
+    vlm, reference = loaded(case), truth(case)
+    parts = placed(PROMPTS[prompt], pictures)
+    built = vlm.build_prompt(parts)
+    inputs = reference.inputs(parts)
+    assert built.token_ids == inputs["input_ids"][0].tolist()
+    if built.pictures:
+        pixels = np.concatenate([vlm.pixels(picture) for picture in built.pictures])
+        np.testing.assert_array_equal(pixels, inputs["pixel_values"][0].numpy())
+    tokens, logits = reference.answer(inputs)
+    read = vlm.inputs(built)
+    vlm.decoder.length = 0
+    assert read.media is not None
+    vlm.decoder.attend(read.media)
+    found = [vlm.decoder.prefill(read.embeds).copy()]
+    rows = vlm.embeddings.rows(np.array(tokens[:-1], np.int64))
+    found += [vlm.decoder.decode(row).copy() for row in rows]
+    for step, (ours, theirs) in enumerate(zip(found, logits, strict=True)):
+        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        assert error < LOGIT_TOLERANCE, f"step {step}"
+    best = np.sort(logits, axis=1)
+    margins = (best[:, -1] - best[:, -2]) / logits.std(axis=1)
+    assert margins.min() > MARGIN, "near a tie: choose another salt"
+    assert vlm.generate(parts, max_new_tokens=NEW_TOKENS).token_ids == tokens
+
+
+@pytest.mark.verifies("flamingo", "`vlm verify` ladder")
+@pytest.mark.parametrize("case", IDEFICS_CASES)
+def test_the_ladder_is_climbed(
+    case: str,
+    loaded: Callable[[str], VLM],
+    checkpoints: Callable[[str], Path],
+    pictures: dict[str, Path],
+) -> None:
+    images = [pictures["wide.png"], pictures["rotated.jpg"]]
+    report = verify(loaded(case).bundle.path, checkpoints(case), images, "what is it?", 6)
+    assert report.ok, report
+    names = {rung.name for rung in report.rungs if rung.probe == "picture"}
+    assert {"vision", "media_kv", "prefill logits", "greedy tokens"} <= names
+    assert ("connector" in names) == (IDEFICS_CASES[case].perceiver_args is not None)
+
+
+def test_a_picture_costs_once(loaded: Callable[[str], VLM], pictures: dict[str, Path]) -> None:
+    """Vision, resampler, keys and values once a picture, and no engine but the language model a token."""
+    vlm = loaded("idefics")
+    vlm.clear_image_cache()
+    runs = [counted(vlm, name) for name in ("vision", "connector", "media_kv")]
+    image = pictures["wide.png"]
+    for question in (QUESTION, "what is this"):
+        vlm.generate([image, question], max_new_tokens=5, ignore_eos=True)
+    vlm.generate([image, "a", image, "b"], max_new_tokens=2)
+    assert runs == [[1], [1], [1]]
+
+
+def test_long_prompts_are_prefilled_in_chunks(
+    loaded: Callable[[str], VLM], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What each position sees goes along with it."""
+    from vlm_edge.runtime import ort
+
+    vlm = loaded("idefics-plain")
+    parts = placed(PROMPTS["few-shot"], pictures)
+    whole = vlm.generate(parts, max_new_tokens=NEW_TOKENS).token_ids
+    monkeypatch.setattr(ort, "CHUNK", 7)
+    assert vlm.generate(parts, max_new_tokens=NEW_TOKENS).token_ids == whole
+
+
+def test_prompts_have_one_place_a_picture(
+    loaded: Callable[[str], VLM], pictures: dict[str, Path]
+) -> None:
+    vlm, image = loaded("idefics"), pictures["wide.png"]
+    plain = vlm.build_prompt(QUESTION, [image])
+    assert plain.token_ids == vlm.build_prompt([image, QUESTION]).token_ids
+    assert plain.token_ids.count(vlm.manifest.prompt.image_token_id) == 1
+    own = vlm.build_prompt("what<fake_token_around_image><image><fake_token_around_image>", [image])
+    assert own.token_ids == vlm.build_prompt(["what", image]).token_ids
+    with pytest.raises(ImageCountMismatch):
+        vlm.build_prompt("<image><image>", [image])
+    with pytest.raises(TemplateError, match="single questions"):
+        vlm.chat()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("case", ["idefics", "idefics-plain"])
+def test_quantized_bundles_stay_near(
+    case: str,
+    precision: str,
+    loaded: Callable[[str], VLM],
+    checkpoints: Callable[[str], Path],
+    pictures: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    bundle = tmp_path / "bundle"
+    report = export(checkpoints(case), bundle, precision=PrecisionPlan.uniform(precision))
+    parts = [name for name in report.errors if name != "llm"]
+    assert parts == [
+        name for name in ("vision", "connector", "media_kv") if name in report.precisions
+    ]
+    assert all(report.errors[name]["cosine"] > 0.999 for name in parts)
+    assert report.errors["llm"]["kl"] < (0.02 if precision == "int8" else 0.2)
+    exact, asked = loaded(case), placed(PROMPTS["few-shot"], pictures)
+    found = []
+    for vlm in (exact, VLM.load(bundle, threads=1)):
+        read = vlm.inputs(vlm.build_prompt(asked))
+        assert read.media is not None
+        vlm.decoder.length = 0
+        vlm.decoder.attend(read.media)
+        found.append(vlm.decoder.prefill(read.embeds).copy())
+    cosine = float(found[0] @ found[1] / np.linalg.norm(found[0]) / np.linalg.norm(found[1]))
+    assert cosine > (0.99 if precision == "int8" else 0.9)
+    assert Bundle(bundle).manifest.decoder.media == exact.manifest.decoder.media
