@@ -10,20 +10,21 @@ processing_utils.py, generation/configuration_utils.py): where a folder has a to
   the vocabulary then gives them;
 - `clean_up_tokenization_spaces` is ignored for BPE.
 
-This is `TokenizersBackend`, which AutoTokenizer takes for every LLaVA checkpoint. Classes that rebuild
-the vocabulary's pipeline in Python (GPT2Tokenizer, LlamaTokenizer ...) save a tokenizer.json that
-says the same.
+This is `TokenizersBackend`, which AutoTokenizer takes for every LLaVA checkpoint. Where it takes a class that
+rebuilds the vocabulary's pipeline in Python (`REBUILT`), most save a tokenizer.json that says the same;
+LlamaTokenizer does not (`_as_rebuilt`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from vlm_edge.errors import CheckpointMissing, UnsupportedConfig
 from vlm_edge.export.config import read_json
@@ -88,6 +89,8 @@ class PromptFiles:
 EOS: dict[str, int | None] = {"llama": 2, "mistral": 2, "opt": 2, "t5": 1}
 # Their processors add the placeholder to a tokenizer that lacks it.
 ADDS_IMAGE_TOKEN = ("blip-2", "instructblip")
+# Of these AutoTokenizer takes the class that tokenizer_config.json names.
+REBUILT = ("blip-2", "idefics", "instructblip")
 
 
 def read_prompt_files(folder: Path, inner_generation: bool = False) -> PromptFiles:
@@ -105,6 +108,8 @@ def read_prompt_files(folder: Path, inner_generation: bool = False) -> PromptFil
     settings = _optional(folder / "tokenizer_config.json")
     processor = _optional(folder / "processor_config.json")
     core, special_tokens = _read_tokenizer(folder, settings)
+    if config.get("model_type") in REBUILT:
+        _as_rebuilt(core, settings)
     generation = _inner_generation(config) if inner_generation else _generation(folder, config)
     token, token_id = _image_token(core, special_tokens, processor, config)  # may add it to `core`
     return PromptFiles(
@@ -136,6 +141,21 @@ def _read_tokenizer(
     core.no_truncation()
     core.no_padding()
     return core, special_tokens
+
+
+def _as_rebuilt(core: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+    """LlamaTokenizer's own pipeline in the place of the file's: a space stands before the text and, unless
+    `legacy`, not behind every special token too. Other classes say what their files say."""
+    name = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    byte_level = "ByteLevel" in json.dumps(json.loads(core.to_str())["pre_tokenizer"])
+    if name != "LlamaTokenizer" or byte_level:
+        return
+    prefix = settings.get("add_prefix_space") is not False
+    scheme: Any = "never" if not prefix else "always" if settings.get("legacy") else "first"
+    core.normalizer = None
+    core.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
 
 
 def _instruction_tokenizer(folder: Path) -> str | None:

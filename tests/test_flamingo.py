@@ -212,5 +212,5 @@ def test_quantized_bundles_stay_near(
         vlm.decoder.attend(read.media)
         found.append(vlm.decoder.prefill(read.embeds).copy())
     cosine = float(found[0] @ found[1] / np.linalg.norm(found[0]) / np.linalg.norm(found[1]))
-    assert cosine > (0.99 if precision == "int8" else 0.9)
+    assert cosine > (0.97 if precision == "int8" else 0.85)
     assert Bundle(bundle).manifest.decoder.media == exact.manifest.decoder.media

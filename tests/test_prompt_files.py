@@ -369,3 +369,40 @@ def test_tokenizer_settings_that_are_refused(
     change(checkpoint(tmp_path, kind), "tokenizer_config.json", **values)
     with pytest.raises(UnsupportedConfig, match=key):
         read_prompt_files(tmp_path)
+
+
+# -- classes that AutoTokenizer takes at their word ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "named", "settings"),
+    [
+        ("pieces", "LlamaTokenizer", {}),
+        ("pieces", "LlamaTokenizerFast", {"legacy": True}),
+        ("pieces", "LlamaTokenizer", {"legacy": False, "add_prefix_space": False}),
+        ("bytes", "LlamaTokenizer", {}),
+        ("bytes", "GPT2Tokenizer", {"add_bos_token": True}),
+    ],
+)
+@pytest.mark.parametrize("model_type", ["blip-2", "idefics", "instructblip"])
+def test_a_rebuilt_tokenizer(
+    model_type: str, kind: str, named: str, settings: dict[str, object], tmp_path: Path
+) -> None:
+    from tokens import tokenizer_of
+    from transformers import AutoTokenizer
+
+    made = tokenizer_of(kind)
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | settings
+    config.pop("backend", None)
+    config["tokenizer_class"] = named
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    image = made.convert_tokens_to_ids("<image>")
+    text = json.dumps({"model_type": model_type, "image_token_index": image})
+    (tmp_path / "config.json").write_text(text)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    ours = Core.from_str(read_prompt_files(tmp_path).tokenizer_json)
+    for tried in ("what is the color?", "what<image>what is", " the  thing", "a <image> the é", ""):
+        ids = theirs(tried)["input_ids"]
+        assert ours.encode(tried).ids == ids, tried
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), tried

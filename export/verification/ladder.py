@@ -141,11 +141,11 @@ class _Ladder:
         if not self._built.pictures or media is None:
             return
         found, expected = media.run({"image_features": self._tokens}), self._expected.media
-        rows = [
-            np.concatenate([arrays[name].reshape(-1, arrays[name].shape[-1]) for name in found])
-            for arrays in (found, expected)
-        ]
-        yield from self._stage("media_kv", *rows)
+
+        def rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
+            return np.concatenate([arrays[name].reshape(-1, arrays[name].shape[-1]) for name in found])
+
+        yield from self._stage("media_kv", rows(found), rows(expected))
 
     def embeddings(self) -> Iterator[Rung]:
         self._exact = self._exact and self._vlm.manifest.embeddings.scales is None
