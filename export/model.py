@@ -17,14 +17,17 @@ from vlm_edge.runtime.tiling.settings import Size
 
 @dataclass(frozen=True)
 class Layers:
-    """A decoder's layers as graphs of their own, for what needs one at a time (`export/layerwise.py`).
+    """A language part's layers as graphs of their own, for what needs one at a time
+    (`export/layerwise.py`).
 
     Attributes:
         count: how many there are.
         build: layer `index` with a given quantizer. Its inputs are those of the whole graph with the
             layer's own in the place of `inputs_embeds` and the caches of layer 0, in float32; `output` is
             the next layer's input. Linear layers have the same paths as in the whole graph.
-        build_head: what follows the last layer: `inputs_embeds` and `logit_positions` to `logits`.
+        build_head: what follows the last layer: `inputs_embeds`, and of a decoder `logit_positions`, to
+            the part's outputs. Its linear layers are calibrated as well, unless the part's `keep8` has
+            them.
     """
 
     count: int

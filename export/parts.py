@@ -1,4 +1,4 @@
-"""The vision and connector engines of an architecture, from what makes their modules."""
+"""The engines that read pictures, from what makes their modules: vision, connector, media_kv."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onnxscript import nn
 from vlm_edge.export.graphs import Interface, build
 from vlm_edge.export.model import Part
 from vlm_edge.export.quantizers import Quantizer
-from vlm_edge.runtime.manifest import ImageSettings, TensorSpec
+from vlm_edge.runtime.manifest import ImageSettings, MediaSettings, TensorSpec
 
 Make = Callable[[Quantizer], nn.Module]
 
@@ -32,13 +32,49 @@ def image_parts(
         encoder, connector: the module whose forward takes its inputs in order and gives its output.
         extra: inputs of the connector after the features (INSTRUCTION).
     """
-    pixels = TensorSpec("pixel_values", "float32", ("tiles", 3, image.height, image.width))
-    between = TensorSpec("features", "float32", ("tiles", *features))
-    tokens = TensorSpec("image_features", "float32", ("tiles", *image_features))
     return {
-        "vision": _part("vision", (pixels,), between, encoder),
-        "connector": _part("connector", (between, *extra), tokens, connector),
+        "vision": vision_part(image, features, encoder),
+        "connector": connector_part(features, image_features, connector, extra),
     }
+
+
+def vision_part(image: ImageSettings, features: tuple[int, int], encoder: Make) -> Part:
+    """As in `image_parts`; alone where a language model attends to the features as they are."""
+    pixels = TensorSpec("pixel_values", "float32", ("tiles", 3, image.height, image.width))
+    return _part("vision", (pixels,), _tokens("features", features), encoder)
+
+
+def connector_part(
+    features: tuple[int, int],
+    image_features: tuple[int, int],
+    connector: Make,
+    extra: tuple[TensorSpec, ...] = (),
+) -> Part:
+    """As in `image_parts`."""
+    sources = (_tokens("features", features), *extra)
+    return _part("connector", sources, _tokens("image_features", image_features), connector)
+
+
+def media_part(width: int, media: MediaSettings, make: Make) -> Part:
+    """image_features [tiles, tokens, width] -> keys and values of every layer that attends to pictures.
+
+    Args:
+        width: of image_features; without a connector they are the vision engine's features.
+        make: the module whose forward gives them in the order of `MediaSettings.arrays`.
+    """
+    source = TensorSpec("image_features", "float32", ("tiles", "tokens", width))
+    interface = Interface((source,), media.arrays())
+    return Part(
+        interface,
+        lambda quantizer: build(
+            "media_kv", interface, lambda op, x: make(quantizer)(op, x[source.name])
+        ),
+    )
+
+
+def _tokens(name: str, size: tuple[int, int]) -> TensorSpec:
+    """float32 [tiles, tokens, width]"""
+    return TensorSpec(name, "float32", ("tiles", *size))
 
 
 def _part(name: str, sources: tuple[TensorSpec, ...], target: TensorSpec, make: Make) -> Part:

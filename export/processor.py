@@ -60,10 +60,22 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "image_mean": _CLIP["image_mean"],
         "image_std": _CLIP["image_std"],
     },
+    "IdeficsImageProcessor": _BASE
+    | {
+        "size": {"height": 224, "width": 224},
+        "resample": 3,
+        "image_mean": _CLIP["image_mean"],
+        "image_std": _CLIP["image_std"],
+    },
     "ViTImageProcessor": _BASE | _HALF | {"resample": 2},
     **dict.fromkeys(processor_split.KINDS, processor_split.DEFAULTS),
 }
 _STEPS = set(_CLIP) | {"do_pad", "do_convert_rgb"}
+# Keys of one type alone.
+_OWN = {
+    "LlavaNextImageProcessor": {"image_grid_pinpoints", "aspect_ratio_setting"},
+    "IdeficsImageProcessor": {"image_size", "image_num_channels"},
+}
 # The types above never look at these; the rest of them say who wrote the file.
 _IGNORED = {
     "data_format", "device", "disable_grouping", "image_seq_length", "input_data_format",
@@ -227,10 +239,10 @@ def _split(given: _Keys) -> tuple[_Keys, SplitSettings | None]:
 def _image_settings(given: _Keys) -> tuple[ImageSettings, Pinpoints | None]:
     kind = _kind(given)
     tiled = kind == "LlavaNextImageProcessor"
-    given.only(
-        _STEPS | _IGNORED | ({"image_grid_pinpoints", "aspect_ratio_setting"} if tiled else set())
-    )
+    given.only(_STEPS | _IGNORED | _OWN.get(kind, set()))
     keys = _Keys(given.where, _DEFAULTS[kind] | dict(given.data))
+    if kind == "IdeficsImageProcessor":
+        keys = _square(keys)
     if keys.get("do_convert_rgb") is False:  # null, as SigLIP has it, asks for nothing
         keys.refuse("do_convert_rgb", "images are always converted to RGB")
     pad = None
@@ -261,6 +273,18 @@ def _image_settings(given: _Keys) -> tuple[ImageSettings, Pinpoints | None]:
     height, width = square_output(settings, keys.where)
     settings = replace(settings, height=height, width=width)
     return settings, _pinpoints(keys, (height, width)) if tiled else None
+
+
+def _square(keys: _Keys) -> _Keys:
+    """IdeficsImageProcessor's `image_size`, the side of a square, is another name of `size` and wins."""
+    if keys.get("image_num_channels") not in (None, 3):
+        keys.refuse("image_num_channels", "images have three channels here")
+    side = keys.typed("image_size", int)
+    if side is None:
+        return keys
+    if side < 1:
+        keys.refuse("image_size", "it should be a number of pixels")
+    return _Keys(keys.where, {**keys.data, "size": {"height": side, "width": side}})
 
 
 def _pinpoints(keys: _Keys, tile: Size) -> Pinpoints:

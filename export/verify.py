@@ -124,7 +124,8 @@ def _probes(vlm: VLM, images: Sequence[Path] | None, prompt: str | None) -> list
     # Of overlapping tiles the checkpoint knows nothing; their overview is its single tile.
     limits = TileLimits(max_tiles=1) if _overlapping(vlm.manifest) else UNLIMITED
     asked = vlm.manifest.prompt
-    first = template or asked.visual_tokens_first  # the template or the processor makes the places
+    # The template or the processor makes the places.
+    first = template or asked.visual_tokens_first or asked.interleave is not None
     places = "" if first else f"{asked.image_token}\n" * len(pictures)
     probes = [Probe("text", prompt or QUESTIONS["text"], (), template)]
     if pictures:

@@ -372,7 +372,7 @@ def test_quantized_bundles_stay_near(
         exact.embed(exact.build_prompt(QUESTION, [pictures["wide.png"]]))
     )
     cosine = float(found @ expected / np.linalg.norm(found) / np.linalg.norm(expected))
-    assert cosine > (0.99 if precision == "int8" else 0.9)
+    assert cosine > (0.97 if precision == "int8" else 0.85)
 
 
 # -- refusals -----------------------------------------------------------------------------------
