@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from vlm_edge.errors import CheckpointMissing, SettingError
-from vlm_edge.export import demo_blip2, demo_llava, demo_parts
+from vlm_edge.export import demo_blip2, demo_flamingo, demo_llava, demo_parts
 from vlm_edge.export.demo_parts import DATA, PARTS, Demo, find_parts
 
 DEFAULT = "llava"
-DEMOS = {demo.arch: demo for demo in (demo_llava.DEMO, demo_blip2.DEMO)}
+DEMOS = {demo.arch: demo for demo in (demo_llava.DEMO, demo_blip2.DEMO, demo_flamingo.DEMO)}
 
 
 def find(arch: str) -> Demo:
@@ -103,8 +103,7 @@ def _write(arch: str, folder: Path, parts: dict[str, Path]) -> None:
 
     demo = find(arch)
     tensors = {
-        name: np.ascontiguousarray(array, np.float32)
-        for name, array in demo.tensors(parts).items()
+        name: np.ascontiguousarray(array, np.float32) for name, array in demo.tensors(parts).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,8 +156,12 @@ def language_tensors(gguf_path: Path) -> Arrays:
     return found
 
 
-def tokenizer_json(gguf_path: Path) -> str:
-    """SmolLM2's byte-level BPE rebuilt from the GGUF metadata, as a tokenizer.json text."""
+def tokenizer_json(gguf_path: Path, added: Sequence[str] = ()) -> str:
+    """SmolLM2's byte-level BPE rebuilt from the GGUF metadata, as a tokenizer.json text.
+
+    `added` special tokens get ids after the vocabulary; without any, `<image>` takes over a
+    reserved one.
+    """
     from gguf import GGUFReader
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -165,7 +169,8 @@ def tokenizer_json(gguf_path: Path) -> str:
     tokens = [str(t) for t in fields["tokenizer.ggml.tokens"].contents()]
     kinds = fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
-    tokens[IMAGE_TOKEN_ID] = "<image>"  # takes over <reponame>, which no text ever held
+    if not added:
+        tokens[IMAGE_TOKEN_ID] = "<image>"  # takes over <reponame>, which no text ever held
     vocab = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -176,7 +181,8 @@ def tokenizer_json(gguf_path: Path) -> str:
     )
     tokenizer.decoder = decoders.ByteLevel()
     control = [t for t, kind in zip(tokens, kinds, strict=True) if kind == GGUF_CONTROL]
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
+    special = [*control, *added]
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     return str(tokenizer.to_str(pretty=False))
 
 

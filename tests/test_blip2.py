@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from answers import counted
 from conftest import Cache
+from steps import NEW_TOKENS, compare, cosine, greedy, load, prefill
 from test_verify import disturb
 from tiny import edit_json
 from tiny_blip2 import BLIP_CASES, build_blip, modern_twin
@@ -29,7 +30,6 @@ from vlm_edge.export.precision import PrecisionPlan
 from vlm_edge.export.verification.report import STAGES, TEXT_STAGES
 from vlm_edge.export.verify import verify
 
-MARGIN, LOGIT_TOLERANCE, NEW_TOKENS = 5e-4, 1e-4, 16  # the margin in deviations of the logits
 QUESTION = "what is the color?"
 PROMPTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "question": (QUESTION, ("wide.png",)),
@@ -50,14 +50,7 @@ class BlipReference:
     """The checkpoint in transformers, prompted as its own processor does."""
 
     def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor, self.model = load(folder, "AutoModelForImageTextToText")
 
     def inputs(self, text: str, images: Sequence[Path]) -> dict[str, Any]:
         """What the processor makes of one image. Of several it makes places for one: the others' are put
@@ -78,22 +71,13 @@ class BlipReference:
                     inputs[name] = inputs[name].repeat(count + 1, 1)
         return inputs
 
-    def answer(
-        self, inputs: dict[str, Any], new_tokens: int = NEW_TOKENS, **settings: Any
-    ) -> tuple[list[int], np.ndarray]:
+    def answer(self, inputs: dict[str, Any], **settings: Any) -> tuple[list[int], np.ndarray]:
         """New tokens and the logits [new, vocab] each was chosen from."""
-        import torch
-
-        settings = {"do_sample": False, "max_new_tokens": new_tokens, "output_logits": True,
-                    "return_dict_in_generate": True, **settings}  # fmt: skip
-        with torch.inference_mode():
-            if "pixel_values" in inputs:
-                output = self.model.generate(**inputs, **settings)
-            else:  # the whole model wants an image; its language model alone does without
-                kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-                output = self.model.language_model.generate(**kept, **settings)
-        count = len(output.logits)
-        return output.sequences[0, -count:].tolist(), torch.cat(output.logits).numpy()
+        if "pixel_values" in inputs:
+            return greedy(self.model, inputs, **settings)
+        # The whole model wants an image; its language model alone does without.
+        kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return greedy(self.model.language_model, kept, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +104,6 @@ def loaded(
 def truth(
     tmp_path_factory: pytest.TempPathFactory, blips: Callable[[str], Path]
 ) -> Callable[[str], BlipReference]:
-    import torch
-
-    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("twins")
 
     def make(case: str) -> BlipReference:
@@ -168,16 +149,7 @@ def test_answers_are_those_of_transformers(
         pixels = np.concatenate([vlm.pixels(picture) for picture in built.pictures])
         np.testing.assert_array_equal(pixels, inputs["pixel_values"].numpy())
     tokens, logits = reference.answer(inputs)
-    vlm.decoder.length = 0
-    found = [vlm.decoder.prefill(vlm.embed(built)).copy()]
-    rows = vlm.embeddings.rows(np.array(tokens[:-1], np.int64))
-    found += [vlm.decoder.decode(row).copy() for row in rows]
-    for step, (ours, theirs) in enumerate(zip(found, logits, strict=True)):
-        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-        assert error < LOGIT_TOLERANCE, f"step {step}"
-    best = np.sort(logits, axis=1)
-    margins = (best[:, -1] - best[:, -2]) / logits.std(axis=1)
-    assert margins.min() > MARGIN, "near a tie: choose another salt"
+    compare(vlm, built, tokens, logits)
     answer = vlm.generate(text, images, False, max_new_tokens=NEW_TOKENS)
     assert answer.token_ids == tokens
 
@@ -363,16 +335,12 @@ def test_quantized_bundles_stay_near(
     assert report.errors["llm"]["kl"] < (0.02 if precision == "int8" else 0.2)
     if precision == "int8":
         assert all(entry["layers"] for entry in report.errors.values())
+    asked = QUESTION, [pictures["wide.png"]]
     with VLM.load(bundle, threads=1) as vlm:
-        built = vlm.build_prompt(QUESTION, [pictures["wide.png"]])
-        found = vlm.decoder.prefill(vlm.embed(built))
+        found = prefill(vlm, vlm.build_prompt(*asked))
     exact = loaded(case)
-    exact.decoder.length = 0
-    expected = exact.decoder.prefill(
-        exact.embed(exact.build_prompt(QUESTION, [pictures["wide.png"]]))
-    )
-    cosine = float(found @ expected / np.linalg.norm(found) / np.linalg.norm(expected))
-    assert cosine > (0.97 if precision == "int8" else 0.85)
+    expected = prefill(exact, exact.build_prompt(*asked))
+    assert cosine(found, expected) > (0.97 if precision == "int8" else 0.85)
 
 
 # -- refusals -----------------------------------------------------------------------------------

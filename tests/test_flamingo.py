@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from answers import counted
 from conftest import Cache
+from steps import NEW_TOKENS, compare, cosine, greedy, load, prefill
 from tiny_idefics import IDEFICS_CASES, build_idefics
 
 from vlm_edge import VLM
@@ -19,7 +20,6 @@ from vlm_edge.export.precision import PrecisionPlan
 from vlm_edge.export.verify import verify
 from vlm_edge.runtime.bundle import Bundle
 
-MARGIN, LOGIT_TOLERANCE, NEW_TOKENS = 5e-4, 1e-4, 16  # the margin in deviations of the logits
 QUESTION = "what is the color?"
 A, B, C = Path("wide.png"), Path("tall.png"), Path("photo.jpg")  # names of pictures
 PROMPTS: dict[str, list[str | Path]] = {
@@ -35,32 +35,13 @@ PROMPTS: dict[str, list[str | Path]] = {
 
 class IdeficsReference:
     def __init__(self, folder: Path) -> None:
-        import torch
-        from transformers import AutoProcessor, IdeficsForVisionText2Text
-        from transformers.utils import logging
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        self.processor = AutoProcessor.from_pretrained(folder)
-        model = IdeficsForVisionText2Text.from_pretrained(folder, dtype=torch.float32)
-        self.model = model.eval()
+        self.processor, self.model = load(folder, "IdeficsForVisionText2Text")
 
     def inputs(self, parts: list[str | Path]) -> Any:
         from transformers.image_utils import load_image
 
         opened = [load_image(str(p)) if isinstance(p, Path) else p for p in parts]
         return self.processor(text=opened, return_tensors="pt")
-
-    def answer(self, inputs: Any) -> tuple[list[int], np.ndarray]:
-        import torch
-
-        with torch.inference_mode():
-            output = self.model.generate(
-                **inputs, do_sample=False, max_new_tokens=NEW_TOKENS, output_logits=True,
-                return_dict_in_generate=True,
-            )  # fmt: skip
-        count = len(output.logits)
-        return output.sequences[0, -count:].tolist(), torch.cat(output.logits).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +65,6 @@ def loaded(
 
 @pytest.fixture(scope="module")
 def truth(checkpoints: Callable[[str], Path]) -> Callable[[str], IdeficsReference]:
-    import torch
-
-    torch.set_num_threads(1)
     return Cache(lambda case: IdeficsReference(checkpoints(case)))
 
 
@@ -112,20 +90,8 @@ def test_answers_are_those_of_transformers(
     if built.pictures:
         pixels = np.concatenate([vlm.pixels(picture) for picture in built.pictures])
         np.testing.assert_array_equal(pixels, inputs["pixel_values"][0].numpy())
-    tokens, logits = reference.answer(inputs)
-    read = vlm.inputs(built)
-    vlm.decoder.length = 0
-    assert read.media is not None
-    vlm.decoder.attend(read.media)
-    found = [vlm.decoder.prefill(read.embeds).copy()]
-    rows = vlm.embeddings.rows(np.array(tokens[:-1], np.int64))
-    found += [vlm.decoder.decode(row).copy() for row in rows]
-    for step, (ours, theirs) in enumerate(zip(found, logits, strict=True)):
-        error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-        assert error < LOGIT_TOLERANCE, f"step {step}"
-    best = np.sort(logits, axis=1)
-    margins = (best[:, -1] - best[:, -2]) / logits.std(axis=1)
-    assert margins.min() > MARGIN, "near a tie: choose another salt"
+    tokens, logits = greedy(reference.model, inputs)
+    compare(vlm, built, tokens, logits)
     assert vlm.generate(parts, max_new_tokens=NEW_TOKENS).token_ids == tokens
 
 
@@ -204,13 +170,8 @@ def test_quantized_bundles_stay_near(
     assert all(report.errors[name]["cosine"] > 0.999 for name in parts)
     assert report.errors["llm"]["kl"] < (0.02 if precision == "int8" else 0.2)
     exact, asked = loaded(case), placed(PROMPTS["few-shot"], pictures)
-    found = []
-    for vlm in (exact, VLM.load(bundle, threads=1)):
-        read = vlm.inputs(vlm.build_prompt(asked))
-        assert read.media is not None
-        vlm.decoder.length = 0
-        vlm.decoder.attend(read.media)
-        found.append(vlm.decoder.prefill(read.embeds).copy())
-    cosine = float(found[0] @ found[1] / np.linalg.norm(found[0]) / np.linalg.norm(found[1]))
-    assert cosine > (0.97 if precision == "int8" else 0.85)
+    with VLM.load(bundle, threads=1) as vlm:
+        found = prefill(vlm, vlm.build_prompt(asked))
+    expected = prefill(exact, exact.build_prompt(asked))
+    assert cosine(found, expected) > (0.97 if precision == "int8" else 0.85)
     assert Bundle(bundle).manifest.decoder.media == exact.manifest.decoder.media

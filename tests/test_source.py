@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from vlm_edge.errors import CheckpointMissing
+from vlm_edge.errors import CheckpointMissing, SettingError
 from vlm_edge.export import source
 from vlm_edge.export.source import resolve
 from vlm_edge.runtime.manifest import read_manifest
@@ -207,3 +207,17 @@ def test_only_the_files_needed_are_asked_for(
     (tmp_path / source.INDEX).write_text(json.dumps({"weight_map": weights}))
     resolve("org/model", "v2")
     assert asked[-1] == [*source.SMALL_FILES, "model-1.safetensors", "model-2.safetensors"]
+
+
+def test_without_a_source_there_is_a_demo_of_some_architectures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vlm_edge.export import demo
+
+    monkeypatch.setattr(demo, "assemble", lambda arch: tmp_path / demo.find(arch).arch)
+    assert resolve(None) == (tmp_path / "llava", "vlm-edge demo")
+    assert resolve(None, arch="llava")[0].name == "llava"
+    assert resolve(None, arch="blip2")[0].name == "blip2"
+    with pytest.raises(SettingError, match=r"no demo model of smolvlm.*llava, blip2"):
+        resolve(None, arch="smolvlm")
+    assert resolve(tmp_path, arch="smolvlm")[0] == tmp_path, "a checkpoint says itself what it is"

@@ -3,8 +3,9 @@
 The stage of arXiv:2301.12597 matches pictures with texts without the language model. Here the texts
 are questions and answers: a small reader looks for the question among the visual tokens, and the
 token it finds must lie nearest to the right answer's words among all answers', in the language
-model's own table of embeddings. So the visual tokens come to say what they see in its words. A step
-costs a thousandth of one through the language model, and the reader is thrown away.
+model's own table of embeddings. So the visual tokens come to say what they see in its words. A
+picture costs about a fortieth of what it costs through the language model (10 and 375 ms on one
+thread), and the reader is thrown away.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Reader(nn.Module):
 
 def open_answers(album: Album) -> list[str]:
     """Every answer that the training pictures' open questions have."""
-    return sorted({a for pictures, _ in (album.real, album.made) for p in pictures for _, a in p.open})
+    return sorted(
+        {a for pictures, _ in (album.real, album.made) for p in pictures for _, a in p.open}
+    )
 
 
 def contrast(

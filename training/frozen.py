@@ -1,9 +1,11 @@
-"""The frozen parts of the demo model in torch: vision tower, language model, tokenizer."""
+"""The frozen parts of the demo models in torch: vision tower, language model, tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,17 +36,14 @@ class Frozen:
 
 
 def load_frozen(dtype: torch.dtype = torch.bfloat16) -> Frozen:
-    """Read the parts of the demo model, as `vlm_edge.export.demo_llava` does."""
+    """Read the parts of the demo models, as `vlm_edge.export.demo` does."""
     parts = demo_parts.find_parts()
-    config = demo_llava.model_config()
-    vision = Dinov2Model(Dinov2Config(**config["vision_config"]))
-    vision.load_state_dict(renamed(demo_parts.vision_tensors(parts["vision"]), vision))
-    language = LlamaModel(LlamaConfig(**config["text_config"]))
+    vision = load_vision(parts["vision"])
+    language = LlamaModel(LlamaConfig(**demo_parts.LANGUAGE))
     tensors = demo_parts.language_tensors(parts["language"])
     language.load_state_dict({k: torch.from_numpy(v) for k, v in tensors.items()})
     language.to(dtype)
-    for module in (vision, language):
-        module.eval().requires_grad_(False)
+    language.eval().requires_grad_(False)
     tokenizer = Tokenizer.from_str(demo_parts.tokenizer_json(parts["language"]))
     return Frozen(
         vision,
@@ -52,6 +51,13 @@ def load_frozen(dtype: torch.dtype = torch.bfloat16) -> Frozen:
         language.embed_tokens.weight,
         lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
     )
+
+
+def load_vision(onnx_path: Path) -> nn.Module:
+    """The vision tower, float32."""
+    vision = Dinov2Model(Dinov2Config(**demo_llava.model_config()["vision_config"]))
+    vision.load_state_dict(renamed(demo_parts.vision_tensors(onnx_path), vision))
+    return vision.eval().requires_grad_(False)
 
 
 def renamed(tensors: dict[str, np.ndarray], module: nn.Module) -> dict[str, torch.Tensor]:
@@ -80,7 +86,9 @@ def pixels(image: Image.Image) -> np.ndarray:
     left, top = (size[0] - demo_parts.IMAGE) // 2, (size[1] - demo_parts.IMAGE) // 2
     image = image.crop((left, top, left + demo_parts.IMAGE, top + demo_parts.IMAGE))
     scaled = np.asarray(image, np.float32) / 255  # [112, 112, 3]
-    normal = (scaled - np.asarray(demo_parts.MEAN, np.float32)) / np.asarray(demo_parts.STD, np.float32)
+    normal = (scaled - np.asarray(demo_parts.MEAN, np.float32)) / np.asarray(
+        demo_parts.STD, np.float32
+    )
     return normal.transpose(2, 0, 1)
 
 
@@ -100,7 +108,8 @@ def hidden_state(
     """What leaves the tower's first `layers` layers: [images, 1 + patches, width], CLS token first."""
     if not isinstance(images, torch.Tensor):
         images = torch.from_numpy(np.stack([pixels(image) for image in images]))
-    states = frozen.vision.embeddings(images)
-    for layer in frozen.vision.encoder.layer[:layers]:
+    tower: Any = frozen.vision
+    states = tower.embeddings(images)
+    for layer in tower.encoder.layer[:layers]:
         states = layer(states)
     return states

@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -55,7 +56,7 @@ class QFormer(nn.Module):
     @torch.no_grad()
     def fit(self, sample: torch.Tensor) -> None:
         """Let the tower's last norm give channels of mean 0 and deviation 1: a few dominate."""
-        norm = self.vision_model["post_layernorm"]  # still plain
+        norm: Any = self.vision_model["post_layernorm"]  # still plain
         normal = norm(sample)
         mean, std = normal.mean(0), normal.std(0).clamp_min(1e-3)
         norm.weight.copy_(1 / std)

@@ -119,6 +119,7 @@ def train_on_answers(
     optimizer = torch.optim.AdamW(trained, lr=args.rate, weight_decay=0.01)
     start, best, asked, tokens, step, last = time.time(), -1.0, 0, 0, 0, False
     losses: list[float] = []
+    kept: dict[str, object] = {}
     while not last:
         step += 1
         minutes = (time.time() - start) / 60
@@ -154,17 +155,18 @@ def train_on_answers(
         if last or step % args.every == 0:
             pictures, kept_out = album.checked
             scores = validate(frozen, connector, kept_out, pictures, layout)
-            report |= {f"validation_{kind}": round(v, 4) for kind, v in scores.items()}
+            scores = {kind: round(value, 4) for kind, value in scores.items()}
+            report |= {f"validation_{kind}": value for kind, value in scores.items()}
             score = scores["open"] + 0.25 * scores["yes_no"]  # open questions decide
             if score >= best:
-                best = score
+                best, kept = score, {"kept_step": step, "validation": scores}
                 save_file(connector.state_dict(), args.out.with_suffix(".safetensors"))
                 report["kept"] = True
         log.write(report)
     return {
         "seed": args.seed, "steps": step, "rows": args.rows, "rate": args.rate,
         "questions": asked, "pictures": album.sizes(),
-        "minutes": round((time.time() - start) / 60, 1),
+        "minutes": round((time.time() - start) / 60, 1), **kept,
     }  # fmt: skip
 
 

@@ -57,9 +57,12 @@ def verify(
     from vlm_edge.export.source import resolve
     from vlm_edge.export.verify import store
     from vlm_edge.export.verify import verify as climb
+    from vlm_edge.runtime.manifest import read_manifest
 
     with options.progress_bars() as progress:
-        reference = against if against is not None else resolve(None)[0]
+        reference: str | Path | None = against
+        if reference is None:  # the demo model of the bundle's architecture
+            reference, _ = resolve(None, arch=read_manifest(bundle).architecture)
         report = climb(
             bundle,
             reference,
