@@ -117,7 +117,7 @@ def write_weights(path: Path, shapes: list[tuple[str, tuple[int, ...]]], seed: i
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes:
             values = random.standard_normal(shape, dtype=np.float32) * np.float32(STD)
-            if "norm" in name and name.endswith("weight"):
+            if "norm" in name.lower() and name.endswith("weight"):
                 values += 1
             values.astype(ml_dtypes.bfloat16).tofile(file)
 

@@ -82,8 +82,10 @@ class Subject:
         self.prompt = prompt or QUESTION
         self.images: list[str | bytes] = [] if no_image else [image or picture()]
         self.template = self.vlm.template is not None
-        if not self.template and self.images:  # verbatim: the text spells its image place itself
-            self.prompt = f"{self.vlm.manifest.prompt.image_token}\n{self.prompt}"
+        asked = self.vlm.manifest.prompt
+        placed = self.template or asked.visual_tokens_first or asked.interleave is not None
+        if not placed and self.images:  # verbatim: the text spells its image place itself
+            self.prompt = f"{asked.image_token}\n{self.prompt}"
         if prompt_tokens is not None:
             self.prompt = fill(self.prompt, prompt_tokens, self._count)
 

@@ -25,41 +25,40 @@ LONGEST = 24  # tokens of an answer
 
 def answered(
     parts: dict[str, Part],
-    settings: DecoderSettings,
+    prompts: Examples,
     table: TensorRef,
     ends: Collection[int],
-    prompts: Sequence[np.ndarray],
-    held_out: Sequence[int],
     scratch: Path,
     progress: Progress,
 ) -> dict[str, Examples]:
-    """Examples for `llm_encoder` and for `llm`.
+    """Examples for `llm_encoder` and for `llm`, of the same prompts.
 
     Both graphs in full precision lie in `scratch` until it goes, with what the encoder gives for each
     prompt; all are mapped, not loaded.
 
     Args:
         parts: the two, by name.
+        prompts: what the encoder reads.
         table: the token table [vocab, width].
         ends: tokens that end an answer.
-        prompts: inputs_embeds float32 [1, n, width].
-        held_out: indices of the prompts that measure the error.
     """
     encode, decode = (
         runner(parts[name].build(Float()), scratch / f"{name}_answers.onnx")
         for name in ("llm_encoder", "llm")
     )
+    settings, every = prompts.settings, list(prompts)
     names = [spec.name for spec in settings.cross()]
     reader, writer = list[Example](), list[Example]()
-    for index, embeds in enumerate(prompts):
-        found = encode({"inputs_embeds": embeds})
+    for index, prompt in enumerate(every):
+        found = encode({"inputs_embeds": prompt.embeds})
         path = scratch / f"cross.{index}.npy"
         np.save(path, np.stack([found[name] for name in names]))
         kept = _Kept(path, names)
         answer = Example(_greedy(decode, settings, table, ends, kept), kept)
         writer.append(answer)
-        reader.append(Example(embeds, logits=_Follow(decode, settings, answer.embeds)))
-        progress("answer prompts", index + 1, len(prompts))
+        reader.append(Example(prompt.embeds, logits=_Follow(decode, settings, answer.embeds)))
+        progress("answer prompts", index + 1, len(every))
+    held_out = range(len(prompts.used), len(every))
     return {
         "llm_encoder": Examples.split(settings, reader, held_out),
         "llm": Examples.split(settings, writer, held_out),

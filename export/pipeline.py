@@ -24,7 +24,7 @@ from vlm_edge.export.examples import Examples
 from vlm_edge.export.lowering.cpu import Windows
 from vlm_edge.export.memory import PeakMemory
 from vlm_edge.export.model import Model, Part
-from vlm_edge.export.parts import INSTRUCTION
+from vlm_edge.export.parts import ARRANGEMENT, INSTRUCTION
 from vlm_edge.export.precision import Budgets, PrecisionPlan
 from vlm_edge.export.processor import read_processor
 from vlm_edge.export.prompt_examples import (
@@ -303,14 +303,15 @@ def _write_calibrated(
         visual = _write_images(steps, model, calibrated, prompts, data, tried, budgets, scratch)
         if not language:
             return
-        asked, held_out = examples(model, prompts, visual), data.held_out_prompts
-        if model.decoder.start_token_id is None:
-            read = {"llm": Examples.split(model.decoder, asked, held_out)}
-        else:
+        every = examples(model, prompts, visual)
+        asked = Examples.split(model.decoder, every, data.held_out_prompts)
+        read = {"llm": asked}
+        if model.decoder.start_token_id is not None:
+            if {precisions[name] for name in language} == {"int8"}:
+                asked = asked.thinned(EXAMPLES)  # to answer takes longer than to be calibrated
             read = answered(
-                model.parts, model.decoder, model.embeddings, prompt.eos_token_ids,
-                [example.embeds for example in asked], held_out, scratch, steps.tick,
-            )  # fmt: skip
+                model.parts, asked, model.embeddings, prompt.eos_token_ids, scratch, steps.tick
+            )
         for name in language:
             part, kind = model.parts[name], precisions[name]
             steps.errors[name] = LANGUAGE[kind](
@@ -340,6 +341,8 @@ def _write_images(
         if instructed:
             visual = instructed_tokens(part, inputs, tiles, scratch)
         extras = instructions(prompts, tiles) if instructed else None
+        if ARRANGEMENT in part.interface.inputs:
+            extras = static.arrangements(data, model.tiler())
         floats = static.run_float(name, part, inputs, tiles, scratch, steps.tick, extras)
         if name in calibrated:
             steps.errors[name] = static.write_int8(
@@ -347,7 +350,7 @@ def _write_images(
                 steps.tick,
             )  # fmt: skip
             steps.entry(name, part, mixed.precision_of(steps.errors[name]["layers"]))
-        inputs = floats.outputs
+        inputs, tiles = static.handed_on(part, floats.outputs, tiles)
         if not instructed:
             visual = kept_tokens(inputs, tiles)
         if name == calibrated[-1]:

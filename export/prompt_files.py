@@ -87,10 +87,14 @@ class PromptFiles:
 
 # eos_token_id of a text_config that says none, by model_type.
 EOS: dict[str, int | None] = {"llama": 2, "mistral": 2, "opt": 2, "t5": 1}
+# The placeholder that a processor takes where nothing names one; else <image>.
+IMAGE_TOKEN = {"mllama": "<|image|>"}
 # Their processors add the placeholder to a tokenizer that lacks it.
 ADDS_IMAGE_TOKEN = ("blip-2", "instructblip")
-# Of these AutoTokenizer takes the class that tokenizer_config.json names.
-REBUILT = ("blip-2", "idefics", "instructblip")
+# Of these AutoTokenizer takes the class that tokenizer_config.json names, or where it names none this one.
+REBUILT = {
+    "blip-2": "GPT2Tokenizer", "idefics": "LlamaTokenizer", "instructblip": "GPT2Tokenizer",
+}  # fmt: skip
 
 
 def read_prompt_files(folder: Path, inner_generation: bool = False) -> PromptFiles:
@@ -108,8 +112,9 @@ def read_prompt_files(folder: Path, inner_generation: bool = False) -> PromptFil
     settings = _optional(folder / "tokenizer_config.json")
     processor = _optional(folder / "processor_config.json")
     core, special_tokens = _read_tokenizer(folder, settings)
-    if config.get("model_type") in REBUILT:
-        _as_rebuilt(core, settings)
+    rebuilt = REBUILT.get(str(config.get("model_type")))
+    if rebuilt is not None:
+        _as_rebuilt(core, settings, str(settings.get("tokenizer_class") or rebuilt))
     generation = _inner_generation(config) if inner_generation else _generation(folder, config)
     token, token_id = _image_token(core, special_tokens, processor, config)  # may add it to `core`
     return PromptFiles(
@@ -143,12 +148,11 @@ def _read_tokenizer(
     return core, special_tokens
 
 
-def _as_rebuilt(core: tokenizers.Tokenizer, settings: Mapping[str, Any]) -> None:
+def _as_rebuilt(core: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str) -> None:
     """LlamaTokenizer's own pipeline in the place of the file's: a space stands before the text and, unless
     `legacy`, not behind every special token too. Other classes say what their files say."""
-    name = str(settings.get("tokenizer_class")).removesuffix("Fast")
     byte_level = "ByteLevel" in json.dumps(json.loads(core.to_str())["pre_tokenizer"])
-    if name != "LlamaTokenizer" or byte_level:
+    if name.removesuffix("Fast") != "LlamaTokenizer" or byte_level:
         return
     prefix = settings.get("add_prefix_space") is not False
     scheme: Any = "never" if not prefix else "always" if settings.get("legacy") else "first"
@@ -331,7 +335,8 @@ def _image_token(
 ) -> tuple[str | None, int | None]:
     """The placeholder as LlavaProcessor finds it, and its id, which config.json must agree with."""
     named = special_tokens.get("image_token") or processor.get("image_token")
-    token = _text(named) if named else "<image>"
+    usual = IMAGE_TOKEN.get(str(config.get("model_type")), "<image>")
+    token = _text(named) if named else usual
     found: int | None = core.token_to_id(token)
     key = "image_token_id" if config.get("image_token_id") is not None else "image_token_index"
     wanted = config.get(key)

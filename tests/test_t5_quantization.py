@@ -27,7 +27,7 @@ from vlm_edge.export import (
 )
 from vlm_edge.export.answers import LONGEST, answered
 from vlm_edge.export.checkpoint import Checkpoint, TensorRef
-from vlm_edge.export.examples import Examples
+from vlm_edge.export.examples import Example, Examples
 from vlm_edge.export.language import t5
 from vlm_edge.export.layerwise import Run, States, inputs_by_layer, runner, session_runner
 from vlm_edge.export.model import Part
@@ -76,7 +76,8 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Subject
         prompts = [prompt(config, length, seed) for seed, length in enumerate(LENGTHS)]
         table = Checkpoint(folder).tensor("shared.weight", (config.vocab_size, config.width))
         scratch = folder.parent
-        examples = answered(found, config.settings(), table, {1}, prompts, HELD_OUT, scratch, quiet)
+        asked = Examples.split(config.settings(), [*map(Example, prompts)], HELD_OUT)
+        examples = answered(found, asked, table, {1}, scratch, quiet)
         floats = {
             name: runner(part.build(Float()), scratch / f"{name}.exact.onnx")
             for name, part in found.items()
@@ -323,9 +324,8 @@ def test_gptq_beats_rounding_to_nearest(
     prompts = [
         (generator.standard_normal((1, 40, 12)) @ mixing).astype(np.float32) for _ in range(24)
     ]
-    examples = answered(
-        it.parts, it.config.settings(), it.table, {1}, prompts, range(3, 24, 4), tmp_path, quiet
-    )
+    asked = Examples.split(it.config.settings(), [*map(Example, prompts)], range(3, 24, 4))
+    examples = answered(it.parts, asked, it.table, {1}, tmp_path, quiet)
     it = replace(it, prompts=prompts, examples=examples)
     for name, part in it.parts.items():
         said = written("int4", name, it, tmp_path)
