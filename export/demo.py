@@ -40,7 +40,8 @@ def identity(arch: str = DEFAULT) -> str:
     """A short hash of all that decides the checkpoint: parts, trained weights and this code."""
     demo = find(arch)
     digest = hashlib.sha256("".join(sha for *_, sha in PARTS.values()).encode())
-    code = (Path(__file__), Path(demo_parts.__file__), demo.module)
+    modules = (other.module for other in DEMOS.values())  # they use each other
+    code = (Path(__file__), Path(demo_parts.__file__), *modules)
     for path in (*code, *(DATA / name for name in demo.shipped)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]

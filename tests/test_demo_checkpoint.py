@@ -226,7 +226,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("arch", "tensors"), [("llava", 499), ("blip2", 415)])
+@pytest.mark.parametrize(("arch", "tensors"), [("llava", 499), ("blip2", 415), ("flamingo", 402)])
 def test_assembling_needs_neither_torch_nor_transformers(arch, tensors):
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
