@@ -37,11 +37,11 @@ format: $(VENV)/.ready
 	$(VENV)/bin/ruff format .
 
 # torch first and alone: a range would take a newer build with several GB of CUDA packages.
-$(VENV)/.ready: pyproject.toml requirements/demo-parts.txt requirements/tensorrt-rtx.txt
+$(VENV)/.ready: pyproject.toml requirements/demo-parts.txt requirements/tensorrt-rtx.txt requirements/open-flamingo.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP_INSTALL) torch==2.13.0
 	$(VENV)/bin/python $(PIP_INSTALL) -e '.[dev]'
-	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/demo-parts.txt -r requirements/tensorrt-rtx.txt
+	$(VENV)/bin/python $(PIP_INSTALL) --no-deps -r requirements/demo-parts.txt -r requirements/tensorrt-rtx.txt -r requirements/open-flamingo.txt
 	@touch $@
 
 # The editable install compiled them once; this does so again when they change.

@@ -77,7 +77,7 @@ class Checkpoint:
         self._refs: dict[str, TensorRef] = {}
         self._other: dict[str, str] = {}  # dtype of the tensors that are no floats
         self._digest = hashlib.sha256((folder / "config.json").read_bytes())
-        for path in self._files():
+        for path in self.files():
             self._open(path)
 
     def digest(self) -> str:
@@ -112,7 +112,12 @@ class Checkpoint:
             raise TensorShapeMismatch(ref.name, ref.shape, shape)
         return ref
 
-    def _files(self) -> list[Path]:
+    def files(self) -> list[Path]:
+        """The weight files.
+
+        Raises:
+            CheckpointMissing: there are none, or one is absent.
+        """
         index = self.folder / "model.safetensors.index.json"
         if (single := self.folder / "model.safetensors").is_file():  # as transformers looks
             paths = [single]

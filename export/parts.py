@@ -13,6 +13,8 @@ from vlm_edge.runtime.manifest import ImageSettings, MediaSettings, TensorSpec
 
 Make = Callable[[Quantizer], nn.Module]
 
+# The vision engine's second input where it sees all tiles of a picture at once: their arrangement.
+ARRANGEMENT = TensorSpec("aspect_ratio_id", "int64", (1,))
 # What a connector that reads the instruction takes beside the features.
 INSTRUCTION = TensorSpec("instruction_ids", "int64", ("tiles", "instruction"))
 
@@ -40,8 +42,16 @@ def image_parts(
 
 def vision_part(image: ImageSettings, features: tuple[int, int], encoder: Make) -> Part:
     """As in `image_parts`; alone where a language model attends to the features as they are."""
-    pixels = TensorSpec("pixel_values", "float32", ("tiles", 3, image.height, image.width))
-    return _part("vision", (pixels,), _tokens("features", features), encoder)
+    return _part("vision", (_pixels(image),), _tokens("features", features), encoder)
+
+
+def arranged_vision_part(
+    image: ImageSettings, most: int, features: tuple[int, int], encoder: Make
+) -> Part:
+    """pixel_values and aspect_ratio_id -> features [most, tokens, width]: all tiles of a picture at once, and
+    room for as many as an arrangement may have."""
+    target = TensorSpec("features", "float32", (most, *features))
+    return _part("vision", (_pixels(image), ARRANGEMENT), target, encoder)
 
 
 def connector_part(
@@ -70,6 +80,10 @@ def media_part(width: int, media: MediaSettings, make: Make) -> Part:
             "media_kv", interface, lambda op, x: make(quantizer)(op, x[source.name])
         ),
     )
+
+
+def _pixels(image: ImageSettings) -> TensorSpec:
+    return TensorSpec("pixel_values", "float32", ("tiles", 3, image.height, image.width))
 
 
 def _tokens(name: str, size: tuple[int, int]) -> TensorSpec:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vlm_edge.errors import CheckpointMissing, UnsupportedConfig
-from vlm_edge.export import processor_split
+from vlm_edge.export import processor_mllama, processor_split
 from vlm_edge.export.processor_split import SplitSettings
 from vlm_edge.runtime.manifest import ImageSettings, Resize
 from vlm_edge.runtime.tiling.settings import Resample, Size
@@ -69,12 +69,14 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "ViTImageProcessor": _BASE | _HALF | {"resample": 2},
     **dict.fromkeys(processor_split.KINDS, processor_split.DEFAULTS),
+    processor_mllama.KIND: processor_mllama.DEFAULTS,
 }
 _STEPS = set(_CLIP) | {"do_pad", "do_convert_rgb"}
 # Keys of one type alone.
 _OWN = {
     "LlavaNextImageProcessor": {"image_grid_pinpoints", "aspect_ratio_setting"},
     "IdeficsImageProcessor": {"image_size", "image_num_channels"},
+    processor_mllama.KIND: {"max_image_tiles"},
 }
 # The types above never look at these; the rest of them say who wrote the file.
 _IGNORED = {
@@ -111,11 +113,12 @@ class Processor:
     image_seq_len: int | None  # places of a tile in the prompt
     patch_size: int | None  # pixels
     num_additional_image_tokens: int | None
-    num_query_tokens: int | None  # places of a picture in the prompt (BLIP-2)
     vision_feature_select_strategy: str | None
     image_token: str | None
     processor_class: str | None
     chat_template: str | None  # Jinja source
+    num_query_tokens: int | None = None  # places of a picture in the prompt (BLIP-2)
+    max_image_tiles: int | None = None  # of Llama 3.2 Vision
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ def read_processor(folder: Path) -> Processor:
         image=image,
         pinpoints=pinpoints,
         split=split,
+        max_image_tiles=_max_image_tiles(inner),
         image_processor_type=_kind(inner),
         image_seq_len=outer.typed("image_seq_len", int),
         patch_size=outer.typed("patch_size", int),
@@ -186,10 +190,10 @@ def read_processor(folder: Path) -> Processor:
 
 
 def _token(outer: _Keys) -> str | None:
-    """The placeholder: a text, or an AddedToken's fields."""
+    """The placeholder: a text, or an AddedToken as Blip2Processor wrote it."""
     value = outer.get("image_token")
-    if isinstance(value, dict) and isinstance(value.get("content"), str):
-        return str(value["content"])
+    if isinstance(value, dict) and value.get("__type") == "AddedToken":
+        return str(value.get("content"))
     found: str | None = outer.typed("image_token", str)
     return found
 
@@ -236,9 +240,15 @@ def _split(given: _Keys) -> tuple[_Keys, SplitSettings | None]:
     return _Keys(given.where, left | split.one_tile()), split
 
 
+def _max_image_tiles(given: _Keys) -> int | None:
+    if _kind(given) != processor_mllama.KIND:
+        return None
+    return processor_mllama.read(_Keys(given.where, processor_mllama.DEFAULTS | dict(given.data)))
+
+
 def _image_settings(given: _Keys) -> tuple[ImageSettings, Pinpoints | None]:
     kind = _kind(given)
-    tiled = kind == "LlavaNextImageProcessor"
+    tiled = kind in ("LlavaNextImageProcessor", processor_mllama.KIND)
     given.only(_STEPS | _IGNORED | _OWN.get(kind, set()))
     keys = _Keys(given.where, _DEFAULTS[kind] | dict(given.data))
     if kind == "IdeficsImageProcessor":
@@ -246,7 +256,7 @@ def _image_settings(given: _Keys) -> tuple[ImageSettings, Pinpoints | None]:
     if keys.get("do_convert_rgb") is False:  # null, as SigLIP has it, asks for nothing
         keys.refuse("do_convert_rgb", "images are always converted to RGB")
     pad = None
-    if keys.flag("do_pad") and not tiled:  # LlavaNextImageProcessor pads the batch with tiles
+    if keys.flag("do_pad") and not tiled:  # those pad a batch, or a picture's canvas, with tiles
         if kind != "LlavaImageProcessor":
             keys.refuse("do_pad", "only LlavaImageProcessor's padding to a square is known")
         pad = _pad_colour(keys)
@@ -272,7 +282,9 @@ def _image_settings(given: _Keys) -> tuple[ImageSettings, Pinpoints | None]:
     )
     height, width = square_output(settings, keys.where)
     settings = replace(settings, height=height, width=width)
-    return settings, _pinpoints(keys, (height, width)) if tiled else None
+    return settings, _pinpoints(
+        keys, (height, width)
+    ) if kind == "LlavaNextImageProcessor" else None
 
 
 def _square(keys: _Keys) -> _Keys:

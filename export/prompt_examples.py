@@ -157,14 +157,15 @@ class _Attended:
         settings = self.model.decoder.media
         assert settings is not None, "asked of models that attend to pictures"
         names = [spec.name for spec in settings.arrays()]
-        pictures = []
-        for index, _ in self.prompt.pictures:
+        pictures, tokens = [], []
+        for index, plan in self.prompt.pictures:
+            tokens.append(plan.tokens)
             rows = self.visual(index, self.prompt)  # [tiles, arrays, kv_heads, tokens, head_dim]
             pictures.append(
                 {name: np.concatenate(list(rows[:, i]), axis=1) for i, name in enumerate(names)}
             )
         ids = np.asarray(self.prompt.token_ids, np.int64)
-        found = media(ids, self.model.prompt.image_token_id, settings, pictures)
+        found = media(ids, self.model.prompt.image_token_id, settings, pictures, tokens)
         return found.of(slice(self.most)).feeds()
 
 

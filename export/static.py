@@ -7,7 +7,7 @@ part sees the inputs it will see when it runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -30,6 +30,7 @@ from vlm_edge.errors import CalibrationError, SettingError
 from vlm_edge.export import fold, graphs, mixed
 from vlm_edge.export.lowering import cpu
 from vlm_edge.export.model import Part
+from vlm_edge.export.parts import ARRANGEMENT
 from vlm_edge.export.quantizers import Observer
 from vlm_edge.export.quantizers.static_int8 import StaticInt8
 from vlm_edge.export.tensors import column_peaks
@@ -67,22 +68,24 @@ def methods(method: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Feeds:
-    """What a part is run on, one tile at a time.
+    """What a part is run on, one tile at a time, or one picture where it takes all tiles of one.
 
     Attributes:
         name: of the input that has a row a tile.
         rows: [tiles, ...], mapped.
-        extras: the part's other inputs of each tile, without the axis of tiles; their sizes may differ
-            from tile to tile.
+        extras: the part's other inputs of each run, without the axis of tiles; their sizes may differ
+            from run to run.
+        spans: the rows of each run.
     """
 
     name: str
     rows: np.ndarray
     extras: Sequence[Feed]
+    spans: Sequence[slice]
 
-    def __getitem__(self, tile: int) -> dict[str, np.ndarray]:
-        own = {self.name: np.ascontiguousarray(self.rows[tile]), **self.extras[tile]}
-        return {name: values[None] for name, values in own.items()}
+    def __getitem__(self, run: int) -> dict[str, np.ndarray]:
+        own = {self.name: np.ascontiguousarray(self.rows[self.spans[run]])}
+        return own | {name: values[None] for name, values in self.extras[run].items()}
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class Floats:
 
     Attributes:
         feeds: its inputs.
-        outputs: memory-mapped file [tiles, ...]; of a part with several outputs [tiles, outputs, ...].
+        outputs: memory-mapped file [runs, ...]; of a part with several outputs [runs, outputs, ...]. A run is
+            a tile, or a picture (`Feeds`).
         ranges: of the linear layers' inputs, over the tiles that are not held out.
         layers: the linear layers, with their weights.
     """
@@ -152,6 +156,33 @@ class Tiles:
         begin = sum(self.counts[:picture])
         return slice(begin, begin + self.counts[picture])
 
+    def runs(self, part: Part) -> Tiles:
+        """What the part is run on in turn: the tiles, or the pictures where it takes all tiles of one."""
+        return replace(self, counts=(1,) * len(self.counts)) if _together(part) else self
+
+    def spans(self, part: Part) -> list[slice]:
+        """The rows of each run."""
+        if _together(part):
+            return [self.of(picture) for picture in range(len(self.counts))]
+        return [slice(row, row + 1) for row in range(sum(self.counts))]
+
+
+def _together(part: Part) -> bool:
+    return ARRANGEMENT in part.interface.inputs
+
+
+def arrangements(data: CalibrationSet, tiler: Tiler) -> list[Feed]:
+    """What such a part reads beside a picture's tiles."""
+    return [{ARRANGEMENT.name: np.array(tiler.plan(*size).arrangement)} for size in data.sizes]
+
+
+def handed_on(part: Part, outputs: np.ndarray, tiles: Tiles) -> tuple[np.ndarray, Tiles]:
+    """`Floats.outputs` as the next part's inputs [tiles, ...], and whose they are."""
+    if not _together(part):
+        return outputs, tiles
+    counts = (outputs.shape[1],) * len(tiles.counts)  # room for empty tiles too
+    return outputs.reshape(-1, *outputs.shape[2:]), replace(tiles, counts=counts)
+
 
 def pixels(
     data: CalibrationSet, settings: ImageSettings, tiler: Tiler, scratch: Path
@@ -177,8 +208,8 @@ def run_float(
     progress: Progress,
     extras: Sequence[Feed] | None = None,
 ) -> Floats:
-    """Run `part` in full precision over `inputs` [tiles, ...], one tile at a time; or take what
-    an earlier run of the same graph over the same inputs found (`calibration.cache`).
+    """Run `part` in full precision over `inputs` [tiles, ...], run by run (`Feeds`); or take what an
+    earlier run of the same graph over the same inputs found (`calibration.cache`).
 
     Args:
         inputs: of the part's first input.
@@ -195,22 +226,23 @@ def run_float(
     weights = path.with_suffix(".data")
     graphs.save(model, path)
     files = {file.name: file for file in (path, weights) if file.is_file()}
-    feeds = Feeds(part.interface.inputs[0].name, inputs, extras or [{}] * len(inputs))
+    spans, runs = tiles.spans(part), tiles.runs(part)
+    feeds = Feeds(part.interface.inputs[0].name, inputs, extras or [{}] * len(spans), spans)
     key = cache.key(
         files,
         inputs,
         extras=[
             {name: values.tolist() for name, values in extra.items()} for extra in feeds.extras
         ],
-        held_out=tiles.held_out,
+        held_out=runs.held_out,
         onnxruntime=onnxruntime.__version__,
     )
     kept = cache.load(key)
     if kept is not None:
-        progress(f"calibrate {name}", len(inputs), len(inputs))
+        progress(f"calibrate {name}", len(spans), len(spans))
         ranges, outputs = kept
     else:
-        ranges, outputs = _observe(name, part, path, observer, feeds, tiles, progress)
+        ranges, outputs = _observe(name, part, path, observer, feeds, runs, progress)
         cache.keep(key, ranges, outputs)
     weights.unlink(missing_ok=True)
     return Floats(feeds, outputs, ranges, observer)
@@ -226,7 +258,7 @@ def _observe(
     progress: Progress,
 ) -> tuple[Ranges, np.ndarray]:
     """The ranges of the graph at `path`, and its outputs in a mapped file beside it."""
-    readout, count = _readout(part), len(feeds.rows)
+    readout, count = _readout(part), len(feeds.spans)
     statistics, held_out = Statistics(), set(tiles.held_out)
     outputs: np.ndarray | None = None
     for index, produced in enumerate(_runs(path, name, (feeds[i] for i in range(count)))):
@@ -275,7 +307,7 @@ def write_int8(
         CalibrationError: no layer can be quantized within `max_error`.
     """
     path = folder / f"{name}.onnx"
-    held_out = tiles.held_out
+    held_out = tiles.runs(part).held_out
     readout = _readout(part)
 
     @lru_cache(maxsize=1)  # what was written last lies there
@@ -321,8 +353,11 @@ def write_int8(
 
 
 def _readout(part: Part) -> Readout:
-    """A part's output [1, ...]; several of one shape (media_kv) as one array [1, outputs, ...]."""
+    """A part's output [1, ...]; several of one shape (media_kv) as one array [1, outputs, ...], all tiles of
+    a picture as [1, tiles, ...]."""
     names = [spec.name for spec in part.interface.outputs]
+    if _together(part):
+        return Readout(names, lambda _, found: found[names[0]][None])
     if len(names) == 1:
         return single_output(names[0])
     return Readout(names, lambda _, found: np.stack([found[name] for name in names], axis=1))

@@ -55,9 +55,10 @@ def prompt_inputs(
         embeds = splice(ids, image_token_id, table, tokens, built.terms)
         return PromptInputs(embeds, None, prefix_keys(ids, image_token_id, built.visual_keys))
     pictures = [picture for picture in encoded if isinstance(picture, dict)]
-    digests = [digest for digest, _ in built.visual_keys]
+    keys = built.visual_keys
+    digests, counts = [digest for digest, _ in keys], [count for _, count in keys]
     return PromptInputs(
         table.rows(ids)[None],
-        media(ids, image_token_id, settings.media, pictures),
+        media(ids, image_token_id, settings.media, pictures, counts),
         position_keys(ids, image_token_id, settings.media, digests),
     )

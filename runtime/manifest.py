@@ -16,7 +16,7 @@ NAME = "manifest.json"
 
 Precision = Literal["fp32", "int8", "int4", "w8a8"]  # w8a8: of a language model; others are in int8
 CacheDtype = Literal["float32", "int8"]
-MediaRule = Literal["immediate", "previous"]
+MediaRule = Literal["immediate", "previous", "mllama"]
 _BYTES = {"float32": 4, "int8": 1}
 Dimension = int | str  # a symbolic dimension is its name
 
@@ -95,11 +95,12 @@ class InstructionSettings:
 
 @dataclass(frozen=True)
 class InterleaveSettings:
-    """How texts and pictures in turn become one text (IdeficsProcessor)."""
+    """How texts and pictures in turn become one text (IdeficsProcessor; OpenFlamingo's: their sum)."""
 
-    bos_token: str  # in front of all
+    bos_token: str | None  # in front of all; None: whatever the tokenizer adds
     around_image: str  # before and after each picture, once between two
     end_of_utterance: str | None  # between two texts
+    strip: bool = True  # spaces around a text are dropped
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,16 @@ class PromptSettings:
     visual_tokens_first: bool = False
     instruction: InstructionSettings | None = None
     interleave: InterleaveSettings | None = None
+    # Where the text has no bos_token, it goes behind the images that come first, and the tokenizer may add
+    # another (MllamaProcessor).
+    bos_behind_images: bool = False
 
 
 @dataclass(frozen=True)
 class MediaSettings:
     """Cross-attention to pictures (Flamingo): what a picture becomes in each such layer, and who sees it.
 
-    Source: IDEFICS's and OpenFlamingo's masks (`runtime/media.py`).
+    Source: IDEFICS's, OpenFlamingo's and Mllama's masks (`runtime/media.py`).
     """
 
     layers: int

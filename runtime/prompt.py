@@ -91,7 +91,7 @@ def build_prompt(
     A text with images becomes one user message, the images first. In messages, image parts without a
     source of their own take `images` in order. Without the template the text is used verbatim, its
     placeholders included; so is a text, or texts and images in turn, where the checkpoint has no template and
-    its processor knows another form (BLIP-2, IDEFICS).
+    its processor knows another form (BLIP-2, IDEFICS, OpenFlamingo).
 
     Args:
         tiler: says what stands for an image of a given size.
@@ -121,16 +121,19 @@ def build_prompt(
         text, found = _verbatim(prompt, given, settings)
         _refuse_empty([text], found)
         special = True
-    if settings.interleave is not None:  # its processor writes bos out, and nothing else is added
-        bos, special = settings.interleave.bos_token, False
+    bos = None if settings.interleave is None else settings.interleave.bos_token
+    if bos is not None:  # the processor writes bos out, and nothing else is added
+        special = False
         text = text if text.startswith(bos) else bos + text
+    if settings.bos_behind_images:
+        text = _with_bos(text, settings.special_tokens["bos_token"], settings.image_token)
     # The processor's own form: visual tokens before everything, bos too.
     first = settings.visual_tokens_first and settings.image_token not in text
     if not first and text.count(settings.image_token) != len(found):
         raise ImageCountMismatch(text.count(settings.image_token), len(found), settings.image_token)
     pictures = [open_picture(image, tiler, limits) for image in found]
     # A picture that is attended to has one place, which says from where on.
-    attended = settings.interleave is not None
+    attended = settings.interleave is not None or settings.bos_behind_images
     places = [
         settings.image_token if attended else tiler.places(picture.plan, settings.image_token)
         for picture in pictures
@@ -161,6 +164,16 @@ def _expand(text: str, token: str, places: Sequence[str]) -> str:
     return first + "".join(p + piece for p, piece in zip(places, rest, strict=True))
 
 
+def _with_bos(text: str, bos: str, token: str) -> str:
+    """As MllamaProcessor's `build_string_from_input`."""
+    if bos in text:
+        return text
+    rest = text
+    while rest.startswith(token):
+        rest = rest.removeprefix(token)
+    return text[: len(text) - len(rest)] + bos + rest
+
+
 # -- without the template ---------------------------------------------------------------------
 
 
@@ -183,7 +196,7 @@ def _verbatim(
 
 
 def _joined(parts: Sequence[Mapping[str, str]], form: InterleaveSettings, token: str) -> str:
-    """Texts and pictures in turn as IdeficsProcessor writes them."""
+    """Texts and pictures in turn as the model's processor writes them."""
     text, before = "", ""
     for part in parts:
         if part["type"] == "image":
@@ -191,7 +204,7 @@ def _joined(parts: Sequence[Mapping[str, str]], form: InterleaveSettings, token:
             text += form.around_image
         else:
             text += form.end_of_utterance or "" if before == "text" else ""
-            text += part["text"].strip(" ")
+            text += part["text"].strip(" ") if form.strip else part["text"]
         before = part["type"]
     return text
 

@@ -28,6 +28,7 @@ from vlm_edge.export.checkpoint import Checkpoint
 from vlm_edge.export.config import Config
 from vlm_edge.export.connectors import perceiver
 from vlm_edge.export.language import idefics
+from vlm_edge.export.layers.activations import ACTIVATIONS
 from vlm_edge.export.model import Model
 from vlm_edge.export.processor import read_processor
 from vlm_edge.export.prompt_files import read_prompt_files
@@ -36,6 +37,7 @@ from vlm_edge.export.vision import idefics_vision
 from vlm_edge.runtime.manifest import InterleaveSettings, MediaSettings
 from vlm_edge.runtime.preprocess import preprocess
 
+RELU = ACTIVATIONS["relu"]
 # idefics-9b-instruct's sizes as transformers 4.33 wrote the keys
 PUBLISHED: dict[str, Any] = {
     "additional_vocab_size": 3, "alpha_initializer": "zeros", "alpha_type": "float",
@@ -94,7 +96,7 @@ def test_published_sizes() -> None:
     vision = idefics_vision.read(config.sub("vision_config"))
     assert (vision.tokens, vision.width, vision.layers) == (257, 1280, (32,))
     assert perceiver.read(config.sub("perceiver_config"), vision.width) == (
-        perceiver.ResamplerSettings(64, 1280, 5120, 6, 16, 96, True)
+        perceiver.ResamplerSettings(64, 1280, 5120, 6, 16, 96, True, RELU)
     )
     assert config.flag("use_resampler", False)
     found = idefics.read(config, vision.width, "int8")
@@ -125,7 +127,7 @@ def test_what_config_json_leaves_out() -> None:
         assert (encoder.heads, encoder.patch, encoder.image) == (16, 14, 224)
         assert encoder.epsilon == 1e-5
         resampler = perceiver.read(config.sub("perceiver_config"), 768)
-        assert resampler == perceiver.ResamplerSettings(64, 768, 3072, 6, 16, 96, False)
+        assert resampler == perceiver.ResamplerSettings(64, 768, 3072, 6, 16, 96, False, RELU)
         found = idefics.read(config, 768)
         assert (found.every, found.additional, found.qk_norms) == (1, 0, False)
         assert (found.text.vocab_size, found.text.epsilon) == (32000, 1e-6)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlm_edge.runtime.feeds import MASKED
 from vlm_edge.runtime.manifest import MediaRule, MediaSettings
-from vlm_edge.runtime.media import media, position_keys, seen
+from vlm_edge.runtime.media import ALIKE, media, position_keys, seen
 
 IMAGE, END, WORD = 7, 2, 5
 TOKENS = st.lists(st.sampled_from([IMAGE, END, WORD, 6]), min_size=1, max_size=24)
@@ -83,7 +83,8 @@ def test_a_prompt_without_pictures_sees_nothing() -> None:
 
 def test_text_before_any_picture_sees_all_alike_under_previous() -> None:
     found = media(np.array([WORD, IMAGE]), IMAGE, rule("previous"), pictures(2))
-    assert (found.mask[0] == MASKED).all()  # a row masked throughout is a mean
+    assert (found.mask[0] == ALIKE).all()  # a mean, whatever the scores
+    assert (np.float32(1e4) + ALIKE == ALIKE) and ALIKE > MASKED
     assert found.gate.tolist() == [[1, 1]] * 2
 
 

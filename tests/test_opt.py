@@ -447,7 +447,7 @@ def test_families_are_found_by_their_name() -> None:
     found = families.read(named, "llama", "int8")
     assert type(found) is opt.OptConfig
     assert found.settings().cache_dtype == "int8"
-    with pytest.raises(UnsupportedConfig, match=r"gpt2.*llama, mistral, opt, qwen2"):
+    with pytest.raises(UnsupportedConfig, match=r"gpt2.*llama, mistral, mpt, opt, qwen2"):
         families.read(Config({"model_type": "gpt2"}, "text_config"), "opt")
 
 

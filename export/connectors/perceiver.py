@@ -1,8 +1,8 @@
-"""The Perceiver resampler of IDEFICS: learned latents that read a picture's features (Alayrac et al. 2022,
-arXiv 2204.14198; Jaegle et al. 2021, arXiv 2103.03206).
+"""The Perceiver resampler of IDEFICS and OpenFlamingo: learned latents that read a picture's features
+(Alayrac et al. 2022, arXiv 2204.14198; Jaegle et al. 2021, arXiv 2103.03206).
 
 In every block the latents attend to the features and to themselves, then go through a feed-forward. All is
-as wide as the vision encoder.
+as wide as the vision encoder. The two differ in the activation, and IDEFICS may have norms over a head.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from onnxscript import nn
 
 from vlm_edge.export.checkpoint import Weights
 from vlm_edge.export.config import Config
+from vlm_edge.export.layers.activations import ACTIVATIONS, Activation
 from vlm_edge.export.layers.linear import LayerNorm, Linear, parameter
 from vlm_edge.export.quantizers import Quantizer
 
@@ -38,6 +39,7 @@ class ResamplerSettings:
     heads: int
     head_dim: int
     qk_norms: bool
+    act: Activation
 
 
 def read(config: Config, width: int) -> ResamplerSettings:
@@ -63,6 +65,7 @@ def read(config: Config, width: int) -> ResamplerSettings:
         heads=config.size("resampler_n_heads", 16),
         head_dim=config.size("resampler_head_dim", 96),
         qk_norms=config.flag("qk_layer_norms_perceiver", False),
+        act=ACTIVATIONS["relu"],
     )
     config.finish()
     return settings
@@ -141,10 +144,10 @@ class _Attention(nn.Module):
 class _FeedForward(nn.Module):
     def __init__(self, weights: Weights, settings: ResamplerSettings, quantizer: Quantizer) -> None:
         super().__init__()
-        width, hidden = settings.width, settings.hidden
+        width, hidden, self._act = settings.width, settings.hidden, settings.act
         self.ln = LayerNorm(weights.sub("ln"), width, EPSILON)
         self.fc = Linear(weights.sub("fc"), width, hidden, False, quantizer)
         self.c_proj = Linear(weights.sub("c_proj"), hidden, width, False, quantizer)
 
     def forward(self, op: Any, x: ir.Value) -> ir.Value:
-        return self.c_proj(op, op.Relu(self.fc(op, self.ln(op, x))))
+        return self.c_proj(op, self._act(op, self.fc(op, self.ln(op, x))))

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Literal
 
 from vlm_edge.export.config import Config
-from vlm_edge.export.language import llama, opt
+from vlm_edge.export.language import gpt_neox, llama, mpt, opt
 from vlm_edge.export.language.interface import DecoderFamily
 from vlm_edge.runtime.manifest import CacheDtype
 
 READERS: dict[str, Callable[[Config, CacheDtype], DecoderFamily]] = {
     **dict.fromkeys(llama.MODEL_TYPES, llama.read),
     **dict.fromkeys(opt.MODEL_TYPES, opt.read),
+    **dict.fromkeys(gpt_neox.MODEL_TYPES, gpt_neox.read),
+    **dict.fromkeys(mpt.MODEL_TYPES, mpt.read),
 }
 
 

@@ -49,12 +49,15 @@ class Gated:
     Attributes:
         base: the decoder without them.
         before: of each of its layers the number of the block before it, None where there is none.
+        numbers: of each of its layers the number in the checkpoint and in the reference's stack, where blocks
+            are layers too; None: they are counted by themselves.
     """
 
     base: DecoderFamily
     before: tuple[int | None, ...]
     media: MediaSettings
     block: MakeBlock
+    numbers: tuple[int, ...] | None = None
 
     @property
     def tied(self) -> bool:
@@ -76,7 +79,8 @@ class Gated:
     def layer(self, weights: Weights, index: int, quantizer: Quantizer) -> nn.Module:
         number = self.before[index]
         block = None if number is None else self.block(weights, number, quantizer)
-        return Layer(block, number, self.base.layer(weights, index, quantizer))
+        own = index if self.numbers is None else self.numbers[index]
+        return Layer(block, number, self.base.layer(weights, own, quantizer))
 
     def head(self, weights: Weights, head: Weights, quantizer: Quantizer) -> nn.Module:
         return self.base.head(weights, head, quantizer)

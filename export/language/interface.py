@@ -77,6 +77,8 @@ class Decoder(nn.Module):
         self._weights, self._config = weights, config
         count = config.settings().layers
         self.layers = nn.ModuleList([config.layer(weights, i, quantizer) for i in range(count)])
+        # Of a family whose reference counts other layers among these (Llama 3.2 Vision).
+        self._numbers: Sequence[int] = getattr(config, "numbers", None) or range(count)
         self.head = config.head(weights, head, quantizer)
         self.head._set_name("")  # its tensors keep the checkpoint's names
 
@@ -88,7 +90,7 @@ class Decoder(nn.Module):
         for index, (layer, kind) in enumerate(zip(self.layers, self._config.masks(), strict=True)):
             past = caches[index * arrays : (index + 1) * arrays]
             x, present = layer(op, x, context, inputs["write_indices"], inputs[MASKS[kind]], past)
-            x.name = f"llm.layers.{index}.output"
+            x.name = f"llm.layers.{self._numbers[index]}.output"
             written += present
         return [_logits(self.head, op, x, inputs["logit_positions"]), *written]
 

@@ -65,8 +65,11 @@ class Rope:
         return op.Pow(base, powers)
 
 
-def read_rope(config: Config, head_dim: int, max_positions: int) -> Rope:
+def read_rope(config: Config, head_dim: int, max_positions: int, theta: float = 10000.0) -> Rope:
     """From `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (4) of text_config.
+
+    Args:
+        theta: base wavelength where the config says none.
 
     Raises:
         UnsupportedConfig: another kind of RoPE, or a part of the head that is not rotated.
@@ -76,7 +79,7 @@ def read_rope(config: Config, head_dim: int, max_positions: int) -> Rope:
     values: dict[str, Any] = dict(old or new)
     reach = _reach(values, max_positions)
     take = _Reader(values, config.name(where), max_positions)
-    theta = take.number("rope_theta", config.number("rope_theta", 10000.0))
+    theta = take.number("rope_theta", config.number("rope_theta", theta))
     kind = values.pop("rope_type", None) or values.pop("type", None) or "default"
     values.pop("type", None)
     name = config.name(f"{where}.rope_type")

@@ -1,4 +1,4 @@
-"""IDEFICS in transformers."""
+"""IDEFICS in transformers; OpenFlamingo has a file of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ from typing import Any
 import numpy as np
 from transformers.image_utils import load_image
 
+from vlm_edge.export.config import read_json
+from vlm_edge.export.verification import open_flamingo
 from vlm_edge.export.verification.reference import Inputs, keep
 from vlm_edge.export.verification.reference import Reference as Base
 
 PLACE = "<fake_token_around_image><image><fake_token_around_image>"
 
 
-class Reference(Base):
+def Reference(source: str | Path) -> Base:
+    """Of whichever of the two the checkpoint is."""
+    folder = Path(source)
+    if folder.is_dir() and read_json(folder / "config.json").get("model_type") == "open_flamingo":
+        return open_flamingo.Reference(folder)
+    return Idefics(source)
+
+
+class Idefics(Base):
     """`IdeficsForVisionText2Text`. Its processor takes texts and pictures in turn, and no template."""
 
     model_class = "IdeficsForVisionText2Text"

@@ -106,16 +106,19 @@ class _Ladder:
     def vision(self) -> Iterator[Rung]:
         if not self._built.pictures:
             return
-        run = self._vlm.vision.run
-        self._features = [run({"pixel_values": tiles})["features"] for tiles in self._tiles]
-        yield from self._stage(
-            "vision",
-            np.concatenate(self._features),
-            self._expected.features,
-            lambda: engine_layers(
-                self._vlm.bundle, "vision", {"pixel_values": np.concatenate(self._tiles)}
-            ),
-        )
+        runs = [
+            feeds
+            for picture, tiles in zip(self._built.pictures, self._tiles, strict=True)
+            for feeds in picture.plan.vision_inputs(tiles)
+        ]
+        self._features = [self._vlm.vision.run(feeds)["features"] for feeds in runs]
+
+        def layers() -> dict[str, np.ndarray]:
+            found = [engine_layers(self._vlm.bundle, "vision", feeds) for feeds in runs]
+            return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+
+        features = np.concatenate(self._features)
+        yield from self._stage("vision", features, self._expected.features, layers)
 
     def connector(self) -> Iterator[Rung]:
         connector = self._vlm.connector
@@ -143,7 +146,9 @@ class _Ladder:
         found, expected = media.run({"image_features": self._tokens}), self._expected.media
 
         def rows(arrays: dict[str, np.ndarray]) -> np.ndarray:
-            return np.concatenate([arrays[name].reshape(-1, arrays[name].shape[-1]) for name in found])
+            return np.concatenate(
+                [arrays[name].reshape(-1, arrays[name].shape[-1]) for name in found]
+            )
 
         yield from self._stage("media_kv", rows(found), rows(expected))
 

@@ -74,7 +74,7 @@ class Reference:
     language: ClassVar[str] = "language_model"
 
     def __init__(self, source: str | Path) -> None:
-        with _quiet():
+        with quiet():
             self.processor = self.load_processor(source)
             # Where torchvision is installed its resizing would be used, and differs from Pillow's, with
             # which the checkpoints were made.
@@ -138,7 +138,7 @@ class Reference:
         found: dict[str, np.ndarray] = {}
         with torch.inference_mode(), hooks() as hook:
             for name, stack in self.stacks().items():
-                for index, layer in enumerate(_layers(stack)):
+                for index, layer in enumerate(layers_of(stack)):
                     hook(layer, keep(found, f"{name}.layers.{index}"))
             self.hook_stages(hook, found)
             logits = self.forward(inputs)[0, -1].numpy()
@@ -185,7 +185,7 @@ class Reference:
         return self.model.generate(**inputs.tensors, **settings)
 
 
-def _layers(stack: Any) -> Any:
+def layers_of(stack: Any) -> Any:
     """The stack of transformer layers in a tower or language model, whatever its family calls it."""
     for module in stack.modules():
         if (
@@ -229,7 +229,7 @@ def hooks() -> Iterator[Callable[[Any, Any], None]]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers logs what it loads on its own handler; here only its errors are of interest."""
     log = logging.getLogger("transformers")
     before, bars = log.level, transformers.utils.logging.is_progress_bar_enabled()

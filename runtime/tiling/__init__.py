@@ -5,15 +5,24 @@ from __future__ import annotations
 import numpy as np
 
 from vlm_edge.runtime.tiling.anyres import AnyResTiler
+from vlm_edge.runtime.tiling.mllama import MllamaTiler
 from vlm_edge.runtime.tiling.overlap import OverlapTiler
 from vlm_edge.runtime.tiling.plan import Sheet, TileLimits, TilePlan, Tiler
-from vlm_edge.runtime.tiling.settings import AnyRes, Overlap, SingleTile, Size, Split, Tiling
+from vlm_edge.runtime.tiling.settings import (
+    AnyRes,
+    Mllama,
+    Overlap,
+    SingleTile,
+    Size,
+    Split,
+    Tiling,
+)
 from vlm_edge.runtime.tiling.single import SingleTiler
 from vlm_edge.runtime.tiling.split import SplitTiler
 
 __all__ = [
-    "AnyRes", "Overlap", "Sheet", "SingleTile", "Split", "TileLimits", "TilePlan", "Tiler", "Tiling",
-    "tiler",
+    "AnyRes", "Mllama", "Overlap", "Sheet", "SingleTile", "Split", "TileLimits", "TilePlan", "Tiler",
+    "Tiling", "tiler",
 ]  # fmt: skip
 
 
@@ -31,4 +40,6 @@ def tiler(settings: Tiling, tile: Size, newline: np.ndarray | None = None) -> Ti
         return OverlapTiler(settings, tile)
     if isinstance(settings, Split):
         return SplitTiler(settings, tile[0])
+    if isinstance(settings, Mllama):
+        return MllamaTiler(settings, tile[0])
     return SingleTiler(settings)

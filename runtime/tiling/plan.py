@@ -58,6 +58,8 @@ class TilePlan:
         terms: visual tokens by what they show, in the order of the prompt.
         kept: of the detail tiles' tokens put together, the rows and columns that are not padding:
             top, left, rows, columns.
+        arrangement: the number by which the encoder knows the grid, where it sees all tiles of a picture
+            at once (Llama 3.2 Vision); None: each by itself.
     """
 
     width: int
@@ -66,6 +68,7 @@ class TilePlan:
     grid: Size
     terms: tuple[tuple[str, int], ...]
     kept: tuple[int, int, int, int] | None = None
+    arrangement: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -76,6 +79,18 @@ class TilePlan:
     def tiles(self) -> int:
         """Tiles that the vision encoder sees, the overview among them."""
         return sum(1 if sheet is None else sheet.count for sheet in self.sheets)
+
+    def vision_inputs(self, pixels: np.ndarray) -> list[dict[str, np.ndarray]]:
+        """What the vision engine is run on, run by run.
+
+        Args:
+            pixels: float32 [tiles, 3, height, width], of all tiles.
+        """
+        if self.arrangement is not None:
+            return [{"pixel_values": pixels, "aspect_ratio_id": np.array([self.arrangement])}]
+        # One at a time: on a CPU five tiles of CLIP-L/14-336 at once take three times the memory in INT8
+        # (301 MB against 109) and are no faster (1.35 s both ways; in float 4.9 s against 4.5).
+        return [{"pixel_values": tile[None]} for tile in pixels]
 
     @property
     def name(self) -> str:

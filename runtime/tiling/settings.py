@@ -112,4 +112,25 @@ class Split:
         return self.tokens
 
 
-Tiling = SingleTile | AnyRes | Overlap | Split
+@dataclass(frozen=True)
+class Mllama:
+    """Llama 3.2 Vision: an arrangement of tiles that the encoder sees at once.
+
+    Source: `size`, `max_image_tiles`; transformers' MllamaImageProcessor.
+    """
+
+    kind: Literal["mllama"]
+    tokens: int  # of a tile
+    max_tiles: int
+    resample: Resample
+
+    def __post_init__(self) -> None:
+        _check(self.max_tiles > 0, "max_tiles is below 1")
+
+    @property
+    def tile_tokens(self) -> int:
+        """Visual tokens that the connector makes of one tile."""
+        return self.tokens
+
+
+Tiling = SingleTile | AnyRes | Overlap | Split | Mllama

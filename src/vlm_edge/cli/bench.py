@@ -80,7 +80,13 @@ def bench(
         report = measure(bundle, request, against, progress)
     about = report.settings
     if about["grid"] is not None:
-        tiling.report_one(about["image"], about["grid"], about["visual_tokens"], about["limited"])
+        tiling.report_one(
+            about["image"],
+            about["grid"],
+            about["tiles"],
+            about["visual_tokens"],
+            about["limited"],
+        )
     document = json.dumps(report.to_json(), indent=1, ensure_ascii=False) + "\n"
     if json_file == Path("-"):
         click.echo(document, nl=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ def tiles(plan: TilePlan) -> str:
     """ "2x2 tiles and an overview" (rows x columns)."""
     if any(name == "overview" for name, _ in plan.terms):
         return _with_overview(plan.name)
-    return "one tile"
+    return f"{plan.name} tiles" if plan.tiles > 1 else "one tile"
 
 
 def every(settings: Tiling, grids: Sequence[str]) -> str:
@@ -43,6 +44,8 @@ def every(settings: Tiling, grids: Sequence[str]) -> str:
     """
     if settings.kind == "single":
         return "single: one tile"
+    if settings.kind == "mllama":
+        return f"{settings.kind}: {', '.join(grids)} tiles"
     if not grids:
         return f"{settings.kind}: as many tiles as the picture has room for, and an overview"
     many = [name for name in grids if name != "1"]
@@ -87,13 +90,18 @@ def report(vlm: VLM, pictures: Sequence[Picture]) -> None:
     if not pictures or vlm.tiler.grids() == ("1",):
         return
     for about in of_pictures(vlm, pictures):
-        report_one(about["name"], about["grid"], about["tokens"], about["limited"])
+        report_one(about["name"], about["grid"], about["tiles"], about["tokens"], about["limited"])
 
 
-def report_one(name: str, grid: str, tokens: int, unlimited: dict[str, Any] | None) -> None:
+def report_one(
+    name: str, grid: str, tiles: int, tokens: int, unlimited: dict[str, Any] | None
+) -> None:
     """The line of one picture; `unlimited` is `limited` of its `facts`."""
     end = f" ({limited(unlimited)})" if unlimited else ""
-    click.echo(f"{name}: {_with_overview(grid)}, {tokens} tokens{end}", err=True)
+    shown = _with_overview(grid)
+    if grid != "1" and tiles == prod(map(int, grid.split("x"))):  # no overview among them
+        shown = f"{grid} tiles" if tiles > 1 else "one tile"
+    click.echo(f"{name}: {shown}, {tokens} tokens{end}", err=True)
 
 
 def limited(unlimited: dict[str, Any]) -> str:
