@@ -134,8 +134,12 @@ class Reference(Base):
         return hook
 
     def _gated(self, x: torch.Tensor, block: Tensors) -> torch.Tensor:
-        """[1, s, width] -> same; a step of `generate` sees what the prompt's last token saw."""
-        rows = self._visible if x.shape[1] == len(self._visible) else self._visible[-1:]
+        """[1, s, width] -> same; what `generate` adds sees what the prompt's last token saw (MPT's config
+        has no cache, and runs the whole again)."""
+        added = x.shape[1] - len(self._visible)
+        rows = self._visible[-1:]
+        if added >= 0:
+            rows = torch.cat([self._visible, rows.expand(added, -1)])
         if self._latents is not None:
             at = _below(block, "attn.")
             media = self._latents.flatten(0, 1)[None]  # [1, pictures * latents, width]
