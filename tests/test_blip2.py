@@ -115,17 +115,20 @@ def truth(
     return Cache(make)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize(
-    "case",
+    ("case", "prompt"),
     [
         pytest.param(
             name,
+            prompt,
             marks=pytest.mark.verifies(
                 case.family, "token ids, pixels, logits of every step, greedy tokens"
             ),
         )
         for name, case in BLIP_CASES.items()
+        for prompt, (_, images) in PROMPTS.items()
+        # The reference fills the second image's places with the first one's values there.
+        if len(images) < 2 or name in PLAIN
     ],
 )
 def test_answers_are_those_of_transformers(
@@ -137,8 +140,6 @@ def test_answers_are_those_of_transformers(
 ) -> None:
     vlm, reference = loaded(case), truth(case)
     text, names = PROMPTS[prompt]
-    if len(names) > 1 and case not in PLAIN:
-        pytest.skip("the reference fills the second image's places with the first one's values")
     images = [pictures[name] for name in names]
     built = vlm.build_prompt(text, images, False)
     inputs = reference.inputs(text, images)
