@@ -30,7 +30,7 @@ unit: $(VENV)/.ready $(VENV)/.kernels
 
 # The table of verified architectures, from the results of the tests that compare them.
 architectures: $(VENV)/.ready $(VENV)/.kernels
-	$(VENV)/bin/python -m pytest -q -m verifies --architectures docs/architectures.md
+	$(VENV)/bin/python -m pytest -q -m verifies --architectures=docs/architectures.md
 
 format: $(VENV)/.ready
 	$(VENV)/bin/ruff check --fix .
