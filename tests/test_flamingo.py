@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,25 @@ def test_quantized_bundles_stay_near(
     expected = prefill(exact, exact.build_prompt(asked))
     assert cosine(found, expected) > (0.97 if precision == "int8" else 0.85)
     assert Bundle(bundle).manifest.decoder.media == exact.manifest.decoder.media
+
+
+def test_a_conversation_adds_a_picture_later(
+    checkpoints: Callable[[str], Path], pictures: dict[str, Path], tmp_path: Path
+) -> None:
+    """What was prefilled before stays in the cache, and the answer is that of the whole asked anew."""
+    folder = shutil.copytree(checkpoints("idefics"), tmp_path / "checkpoint")
+    around = "<fake_token_around_image>"
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}" + f"{around}<image>{around}"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %} {% endfor %}"
+    )
+    export(folder, tmp_path / "bundle")
+    with VLM.load(tmp_path / "bundle", threads=1) as vlm:
+        chat = vlm.chat()
+        chat.ask("what is this", max_new_tokens=3)
+        first = chat.ask("and this?", [pictures["wide.png"]], max_new_tokens=3)
+        second = chat.ask("what is that?", [pictures["tall.png"]], max_new_tokens=6)
+        assert second.timings.prefilled_tokens < second.prompt_tokens - first.prompt_tokens + 4
+        fresh = vlm.generate(chat.messages[:-1], max_new_tokens=6)
+        assert second.token_ids == fresh.token_ids
