@@ -194,7 +194,7 @@ def _tensors(checkpoint: Checkpoint) -> Tensors:
     found: Tensors = {}
     for path in checkpoint.files():
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118  # a file of safetensors is no mapping
                 tensor = file.get_tensor(name)
                 found[name] = tensor.float() if tensor.is_floating_point() else tensor
     return found
