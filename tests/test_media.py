@@ -53,6 +53,28 @@ def test_flamingo_masks(tokens: list[int]) -> None:
         assert np.flatnonzero(every).tolist() == list(range(phi))
 
 
+@settings(max_examples=300, deadline=None)
+@given(TOKENS)
+def test_mllama_masks(tokens: list[int]) -> None:
+    from transformers.models.mllama import processing_mllama as mllama
+
+    count, ids = tokens.count(IMAGE), np.array(tokens)
+    found = seen(ids, IMAGE, rule("mllama"), count)
+    spans = mllama.get_cross_attention_token_mask(tokens, IMAGE)
+    expected = mllama.convert_sparse_cross_attention_mask_to_dense(
+        [spans], [[1] * count], 1, len(tokens)
+    )
+    np.testing.assert_array_equal(found, expected[0, :, :, 0].astype(bool))
+
+
+def test_mllama_leaves_empty_tiles_to_who_sees_nothing() -> None:
+    found = media(np.array([WORD, IMAGE]), IMAGE, rule("mllama"), pictures(4), [3])
+    assert found.mask.tolist() == [[0] * 4, [0, 0, 0, MASKED]]
+    assert found.gate.tolist() == [[1, 0], [1, 1]]
+    alone = media(np.array([WORD, WORD]), IMAGE, rule("mllama"), [])
+    assert alone.gate.tolist() == [[0, 0]] * 2
+
+
 def pictures(*tokens: int) -> list[dict[str, np.ndarray]]:
     names = [spec.name for spec in rule("immediate").arrays()]
     return [

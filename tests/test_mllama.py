@@ -15,6 +15,7 @@ from tiny_mllama import MLLAMA_CASES, build_mllama
 from vlm_edge import VLM
 from vlm_edge.errors import ImageCountMismatch
 from vlm_edge.export.pipeline import export
+from vlm_edge.export.precision import PrecisionPlan
 
 MARGIN, LOGIT_TOLERANCE, NEW_TOKENS = 5e-4, 1e-4, 12  # the margin in deviations of the logits
 QUESTION = "what is the color?"
@@ -225,3 +226,34 @@ def test_prompts_have_one_place_a_picture(
     assert built.token_ids.count(vlm.manifest.prompt.image_token_id) == 1
     with pytest.raises(ImageCountMismatch):
         vlm.build_prompt(f"{IMAGE}{IMAGE}", [image], template=False)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("case", ["mllama", "mllama-native"])
+def test_quantized_bundles_stay_near(
+    case: str,
+    precision: str,
+    loaded: Callable[[str], VLM],
+    checkpoints: Callable[[str], Path],
+    pictures: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    """The encoder is calibrated on whole pictures, each with its arrangement."""
+    bundle = tmp_path / "bundle"
+    report = export(checkpoints(case), bundle, precision=PrecisionPlan.uniform(precision))
+    assert report.precisions == {
+        "vision": "int8", "connector": "int8", "media_kv": "int8", "llm": precision
+    }  # fmt: skip
+    for name in ("vision", "connector", "media_kv"):
+        assert report.errors[name]["cosine"] > 0.999
+    assert report.errors["llm"]["kl"] < (0.02 if precision == "int8" else 0.2)
+    text, names, template = PROMPTS["in turn"]
+    found = []
+    for vlm in (loaded(case), VLM.load(bundle, threads=1)):
+        read = vlm.inputs(vlm.build_prompt(text, [pictures[name] for name in names], template))
+        assert read.media is not None
+        vlm.decoder.length = 0
+        vlm.decoder.attend(read.media)
+        found.append(vlm.decoder.prefill(read.embeds).copy())
+    cosine = float(found[0] @ found[1] / np.linalg.norm(found[0]) / np.linalg.norm(found[1]))
+    assert cosine > (0.97 if precision == "int8" else 0.85)

@@ -170,7 +170,7 @@ def _constant(node: ir.Node, y: ir.Value) -> float | None:
     """c of y * c, a number."""
     other = next((value for value in node.inputs if value is not y), None)
     tensor = ir.convenience.get_const_tensor(other) if node.op_type == "Mul" and other else None
-    return float(tensor.numpy()) if tensor is not None and tensor.size == 1 else None
+    return float(tensor.numpy().item()) if tensor is not None and tensor.size == 1 else None
 
 
 def _added(y: ir.Value) -> tuple[ir.Value, ir.Value] | None:
