@@ -13,7 +13,9 @@ VlmEdgeError
 ├── PromptError (ValueError)
 │   └── EmptyPrompt, ImageCountMismatch, VisualTokenMismatch, TemplateError, ContextOverflow
 ├── DeviceError (RuntimeError)
-│   └── DeviceUnavailable, EngineFailure
+│   ├── DeviceUnavailable, DriverTooOld
+│   ├── EngineFailure, CapacityExceeded
+│   └── PlanMissing, PlanMismatch, PlanDamaged, BuildFailed
 ├── CalibrationError (ValueError)
 ├── VerificationError (RuntimeError)
 ├── SettingError (ValueError)
@@ -22,7 +24,7 @@ VlmEdgeError
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -241,6 +243,74 @@ class EngineFailure(DeviceError):
 
     def __init__(self, engine: str, why: str) -> None:
         super().__init__(f"engine {engine} failed: {why}")
+
+
+class DriverTooOld(DeviceUnavailable):
+    """The GPU's driver is older than what the installed library needs.
+
+    Args:
+        needs, found: CUDA versions, "13.0" and "12.4".
+    """
+
+    def __init__(self, device: str, needs: str, found: str) -> None:
+        super().__init__(
+            device,
+            f"its driver serves CUDA {found}, this library needs {needs}; update the driver (on a "
+            "Jetson: JetPack), or install the library built for the older CUDA",
+        )
+
+
+class CapacityExceeded(DeviceError):
+    """A conversation needs more positions than a TensorRT engine was built for."""
+
+    def __init__(self, what: str, needed: int, capacity: int, option: str) -> None:
+        super().__init__(
+            f"{what} takes {needed}, the TensorRT engine was built for {capacity}; build it again with "
+            f"`vlm build BUNDLE {option} {needed}` or more"
+        )
+
+
+class PlanMissing(DeviceError):
+    """There is no TensorRT plan of an engine of the bundle.
+
+    Args:
+        command: the `vlm build` that makes it.
+    """
+
+    def __init__(self, engine: str, where: str | Path, command: str) -> None:
+        super().__init__(f"{where} has no TensorRT plan of {engine}; make it with `{command}`")
+
+
+class PlanMismatch(DeviceError):
+    """The TensorRT plans of an engine are for another device, version or graph.
+
+    Args:
+        differs: by field of the key, what the nearest plan has and what is needed.
+    """
+
+    def __init__(
+        self, engine: str, where: str | Path, differs: Mapping[str, tuple[str, str]], command: str
+    ) -> None:
+        fields = "; ".join(
+            f"{name} is {needed}, the plan's is {has}" for name, (has, needed) in differs.items()
+        )
+        super().__init__(
+            f"{where} has no TensorRT plan of {engine} that fits: {fields}; make it with `{command}`"
+        )
+
+
+class PlanDamaged(DeviceError):
+    """A plan's file is missing, cut short or differs from its digest."""
+
+    def __init__(self, plan: str | Path, why: str) -> None:
+        super().__init__(f"TensorRT plan {plan} is damaged: {why}; remove it and build it again")
+
+
+class BuildFailed(DeviceError):
+    """TensorRT did not build an engine; the sentence says which and why."""
+
+    def __init__(self, engine: str, why: str) -> None:
+        super().__init__(f"TensorRT did not build {engine}: {why}")
 
 
 # -- the rest -------------------------------------------------------------------------------
