@@ -19,7 +19,8 @@ from rich.table import Table
 
 from vlm_edge.benchmarks.filler import fill
 from vlm_edge.errors import SettingError
-from vlm_edge.runtime.ort import OrtDecoder, OrtEncoderDecoder
+from vlm_edge.runtime.encoder_decoder import EncoderDecoder
+from vlm_edge.runtime.ort_decoder import OrtDecoder
 from vlm_edge.runtime.vlm import VLM
 
 QUESTION = "Tell me a long story about the sea."
@@ -83,8 +84,8 @@ def measure(
         raise SettingError(f"new_tokens = {new_tokens}; the first is the prefill's, so at least 2")
     with VLM.load(bundle, threads=threads) as vlm:
         decoder = vlm.decoder
-        if isinstance(decoder, OrtEncoderDecoder):
-            decoder = decoder._decoder
+        if isinstance(decoder, EncoderDecoder):
+            decoder = decoder.decoder
         assert isinstance(decoder, OrtDecoder)
         decoder._session = timed = _Timed(decoder._session)
         template = vlm.template is not None

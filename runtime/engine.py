@@ -1,17 +1,19 @@
-"""What the runtime asks of an inference engine; one file implements it for each (`ort.py`)."""
+"""What the runtime asks of an inference engine: ONNX Runtime (`ort*.py`) or TensorRT (`trt.py`)."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
-from vlm_edge.errors import DeviceUnavailable, SettingError
+from vlm_edge.errors import ExtraMissing, SettingError
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.media import Media
+from vlm_edge.runtime.plans import PlanStore
 
-DEVICES = ("cpu", "cuda", "tensorrt")
+DEVICES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
 LANGUAGE = ("llm_encoder", "llm")  # engines that a decoder is made of
 
 
@@ -69,25 +71,32 @@ class Decoder(Protocol):
 
 
 def open_engines(
-    bundle: Bundle, device: str, threads: int | None
+    bundle: Bundle, device: str, threads: int | None, plans: PlanStore | None = None
 ) -> tuple[dict[str, Engine], Decoder]:
     """The engines that encode pictures, by name, and the decoder, on the device asked for.
+
+    Args:
+        threads: of the host, for one operator; None takes the processors this process may use.
+        plans: where TensorRT's engines are; None looks beside the bundle.
 
     Raises:
         SettingError: no such device.
         DeviceUnavailable: the device is absent. Nothing falls back to another one.
+        ExtraMissing: the package that runs on it is not installed.
     """
     if device not in DEVICES:
         raise SettingError(f"device = {device!r}; known are {', '.join(DEVICES)}")
-    if device != "cpu":
-        raise DeviceUnavailable(
-            device, 'this version runs on device="cpu"; export once, run it there'
-        )
-    from vlm_edge.runtime import ort
+    if device.startswith("tensorrt"):
+        from vlm_edge.runtime import trt
+
+        return trt.open_engines(bundle, device, plans)
+    if device == "cuda" and importlib.util.find_spec("onnxruntime") is None:
+        raise ExtraMissing("gpu", "onnxruntime-gpu", "running a bundle on a GPU")
+    from vlm_edge.runtime import ort, ort_decoder
 
     engines: dict[str, Engine] = {
-        name: ort.OrtEngine(bundle, name, threads)
+        name: ort.OrtEngine(bundle, name, threads, device)
         for name in bundle.manifest.engines
         if name not in LANGUAGE
     }
-    return engines, ort.open_decoder(bundle, threads)
+    return engines, ort_decoder.open_decoder(bundle, threads, device)

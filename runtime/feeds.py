@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
+from numpy.typing import DTypeLike
 
 from vlm_edge.runtime.manifest import DecoderSettings
 
@@ -29,11 +32,20 @@ def causal_mask(queries: np.ndarray, capacity: int, window: int | None) -> np.nd
     return np.where(seen, np.float32(0), MASKED)
 
 
-def empty_cache(settings: DecoderSettings, capacity: int) -> dict[str, np.ndarray]:
-    """The cache's arrays by name (`DecoderSettings.cache`), batch 1, with room for `capacity` positions."""
-    sizes = {"batch": 1, "capacity": capacity}
+def empty_cache(
+    settings: DecoderSettings, capacity: int, dtypes: Mapping[str, DTypeLike] | None = None
+) -> dict[str, np.ndarray]:
+    """The cache's arrays by name (`DecoderSettings.cache`), batch 1, with room for `capacity` positions.
+
+    Args:
+        dtypes: by name, what a lowered graph takes instead of the portable one's types.
+    """
+    sizes, dtypes = {"batch": 1, "capacity": capacity}, dtypes or {}
     return {
-        spec.name: np.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape], spec.dtype)
+        spec.name: np.zeros(
+            [sizes[d] if isinstance(d, str) else d for d in spec.shape],
+            dtypes.get(spec.name, spec.dtype),
+        )
         for spec in settings.cache()
     }
 

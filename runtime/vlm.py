@@ -19,6 +19,7 @@ from vlm_edge.runtime.images import ImageInput
 from vlm_edge.runtime.inputs import PromptInputs, prompt_inputs
 from vlm_edge.runtime.messages import Prompt
 from vlm_edge.runtime.picture import Picture
+from vlm_edge.runtime.plans import PlanStore
 from vlm_edge.runtime.preprocess import check_size
 from vlm_edge.runtime.prompt import BuiltPrompt, build_prompt
 from vlm_edge.runtime.sampling import Sampler, StopStrings
@@ -89,7 +90,9 @@ class Stream:
 class VLM:
     """A vision-language model ready to answer. Made by `VLM.load`; not for use by several threads."""
 
-    def __init__(self, bundle: Bundle, device: str, threads: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: str, threads: int | None, plans: PlanStore | None = None
+    ) -> None:
         self.bundle, self.manifest, self.device = bundle, bundle.manifest, device
         prompt = self.manifest.prompt
         self.tokenizer = Tokenizer(bundle.file("tokenizer.json"))
@@ -98,7 +101,7 @@ class VLM:
             source = bundle.file(prompt.chat_template).read_text(encoding="utf-8")
             self.template = ChatTemplate(source, prompt.special_tokens)
         self.embeddings = bundle.embeddings()
-        self._engines, self.decoder = open_engines(bundle, device, threads)
+        self._engines, self.decoder = open_engines(bundle, device, threads, plans)
         self.vision, self.connector = self._engines["vision"], self._engines.get("connector")
         self.media_kv = self._engines.get("media_kv")
         self.tiler, self.instruction = bundle.tiler(), bundle.instruction()
@@ -114,15 +117,22 @@ class VLM:
 
     @classmethod
     def load(
-        cls, bundle: str | Path, device: str = "cpu", threads: int | None = None, check: bool = True
+        cls,
+        bundle: str | Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        check: bool = True,
+        plans: str | Path | None = None,
     ) -> VLM:
         """Open a bundle on a device.
 
         Args:
             bundle: the folder `vlm export` wrote.
-            device: "cpu"; a device that is absent is an error, never replaced by another.
-            threads: per operator; None takes all processors this process may use.
-            check: compare every file with its sha256.
+            device: "cpu"; "cuda", ONNX Runtime on an NVIDIA GPU; "tensorrt" or "tensorrt-rtx", with the
+                plans that `vlm build` made. One that is absent is an error, never replaced by another.
+            threads: of the CPU, per operator; None takes all processors this process may use.
+            check: compare every file of the bundle with its sha256.
+            plans: the folder of TensorRT plans; None is the one beside the bundle.
 
         Raises:
             BundleError, DeviceError, SettingError, ExtraMissing.
@@ -134,7 +144,8 @@ class VLM:
             raise SettingError(
                 f"threads = {threads!r}; it should be a whole number from 1 to {most}"
             )
-        vlm = cls(Bundle(bundle, check), device, threads)
+        store = None if plans is None else PlanStore(plans)
+        vlm = cls(Bundle(bundle, check), device, threads, store)
         vlm.load_s = time.perf_counter() - begin
         return vlm
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from vlm_edge.benchmarks import decode_step
 from vlm_edge.benchmarks.decode_step import Steps, measure
 from vlm_edge.errors import SettingError
-from vlm_edge.runtime import ort
+from vlm_edge.runtime import ort_decoder
 from vlm_edge.runtime.sampling import Sampler
 
 SLOW_MS = 5.0
@@ -52,7 +52,7 @@ def test_a_slow_engine_is_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_growths_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort, "ROOM", ort.STEP)
+    monkeypatch.setattr(ort_decoder, "ROOM", ort_decoder.STEP)
     for new_tokens, growths in ((4, 0), (40, 1), (80, 2)):
         found = measure(folder, new_tokens, runs=2, prompt_tokens=60, threads=1, warmup=0)
         assert [steps.growths for steps in found] == [growths, growths]

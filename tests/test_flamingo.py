@@ -128,12 +128,12 @@ def test_long_prompts_are_prefilled_in_chunks(
     loaded: Callable[[str], VLM], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What each position sees goes along with it."""
-    from vlm_edge.runtime import ort
+    from vlm_edge.runtime import ort_decoder
 
     vlm = loaded("idefics-plain")
     parts = placed(PROMPTS["few-shot"], pictures)
     whole = vlm.generate(parts, max_new_tokens=NEW_TOKENS).token_ids
-    monkeypatch.setattr(ort, "CHUNK", 7)
+    monkeypatch.setattr(ort_decoder, "CHUNK", 7)
     assert vlm.generate(parts, max_new_tokens=NEW_TOKENS).token_ids == whole
 
 

@@ -28,7 +28,7 @@ from vlm_edge.export.prompt_files import read_prompt_files
 from vlm_edge.export.quantizers import Float, Observer
 from vlm_edge.runtime.feeds import MASKED, prefill_feeds
 from vlm_edge.runtime.media import Media
-from vlm_edge.runtime.ort import OrtDecoder
+from vlm_edge.runtime.ort_decoder import OrtDecoder
 
 IMAGE, AROUND, END = -1, -2, 2  # in the prompts below: the first two as the tokenizer numbers them
 # Prompts by what is odd in them; `<image>` with or without what the processor puts around it.

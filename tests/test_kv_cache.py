@@ -28,11 +28,13 @@ from vlm_edge.export.lowering import tensorrt
 from vlm_edge.export.pipeline import export
 from vlm_edge.export.precision import PrecisionPlan
 from vlm_edge.export.verify import verify
-from vlm_edge.runtime import native, ort
+from vlm_edge.runtime import native, ort, ort_decoder
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.feeds import causal_mask, empty_cache, prefill_feeds, windows
 from vlm_edge.runtime.manifest import CacheDtype, DecoderSettings, TensorSpec, read_manifest
-from vlm_edge.runtime.ort import CHUNK, OrtDecoder, open_session
+from vlm_edge.runtime.ort import open_session
+from vlm_edge.runtime.ort_decoder import CHUNK, OrtDecoder
+from vlm_edge.runtime.plans import PlanProfile
 
 # GQA; MQA with head_dim 12; a window in all layers; a window in one; MQA with head_dim 10 and no lowering
 CASES = ["clip-llama-v4", "clip-llama-native", "clip-mistral-window", "siglip-qwen2", "clip-mistral-v4"]  # fmt: skip
@@ -74,6 +76,11 @@ def opened(folder: Path, kind: str | None = None) -> OrtDecoder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ort, "graph_of", lambda *_: folder / name)
         return OrtDecoder(bundle, threads=1)
+
+
+def arrays(decoder: Any) -> dict[str, np.ndarray]:
+    """The cache as numpy arrays over its own memory."""
+    return {name: value.numpy() for name, value in decoder._caches.items()}
 
 
 def round_rows(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -244,17 +251,17 @@ def test_chunks_and_steps_are_the_whole(
 ) -> None:
     """In chunks and one by one, across growing caches: the same logits and the same int8 numbers."""
     folder = rounded(case)
-    monkeypatch.setattr(ort, "ROOM", ort.STEP)
-    count = 2 * ort.STEP + 3
+    monkeypatch.setattr(ort_decoder, "ROOM", ort_decoder.STEP)
+    count = 2 * ort_decoder.STEP + 3
     x, decoder = random(folder, count), opened(folder)
     if not read_manifest(folder).decoder.chunked_prefill:
         pytest.skip("its rotations depend on the whole call")
     whole = decoder.prefill(x).copy()
-    caches = {name: array[:, :, :count].copy() for name, array in decoder._caches.items()}
+    caches = {name: array[:, :, :count].copy() for name, array in arrays(decoder).items()}
 
     def same(found: np.ndarray, decoder: OrtDecoder) -> None:
         np.testing.assert_allclose(found, whole, rtol=0, atol=TIES)
-        for name, array in decoder._caches.items():
+        for name, array in arrays(decoder).items():
             now = array[:, :, :count]
             if array.dtype == np.int8:
                 moved = now.astype(int) != caches[name]
@@ -264,10 +271,10 @@ def test_chunks_and_steps_are_the_whole(
                 np.testing.assert_allclose(now, caches[name], rtol=0.02, err_msg=name)
 
     for chunk in (1, 7, 64):
-        monkeypatch.setattr(ort, "CHUNK", chunk)
+        monkeypatch.setattr(ort_decoder, "CHUNK", chunk)
         decoder.clear()
         same(decoder.prefill(x), decoder)
-    monkeypatch.setattr(ort, "CHUNK", CHUNK)
+    monkeypatch.setattr(ort_decoder, "CHUNK", CHUNK)
     decoder.clear()
     assert decoder.capacity == 0
     for index in range(count):
@@ -297,7 +304,7 @@ def test_a_bundle_answers(precision: str, rounded: Make, pictures: dict[str, Pat
         chat.ask("and then?", max_new_tokens=4)
         again = vlm.chat().ask("what is it?", images=[pictures["wide.png"]], max_new_tokens=4)
         assert first.token_ids == again.token_ids
-        assert vlm.decoder._caches["key.0"].dtype == np.int8  # type: ignore[attr-defined]
+        assert arrays(vlm.decoder)["key.0"].dtype == np.int8
 
 
 def test_calibration_takes_the_cache_in(rounded: Make, bundle: Make) -> None:
@@ -475,8 +482,8 @@ def test_our_kernels_keep_the_same_cache(case: str, precision: str, rounded: Mak
         error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
         assert error < (0.02 if precision == "fp32" else 0.15)
     assert ours._caches.keys() == portable._caches.keys()
-    for name, array in ours._caches.items():
-        expected = portable._caches[name][:, :, :45]
+    for name, array in arrays(ours).items():
+        expected = arrays(portable)[name][:, :, :45]
         assert array.dtype == expected.dtype
         if precision == "fp32" and name in ("key.0", "value.0"):
             assert np.abs(array[:, :, :45].astype(int) - expected).max() <= 1
@@ -494,10 +501,10 @@ def test_other_lowerings_leave_it(rounded: Make) -> None:
     assert "cpu" not in lowered
 
 
-def test_tensorrt_is_refused_with_a_sentence(rounded: Make) -> None:
+def test_tensorrt_is_refused_with_a_sentence(rounded: Make, tmp_path: Path) -> None:
     folder = rounded("clip-llama-v4")
     with pytest.raises(EngineFailure, match="TensorRT has no int8 cache .* --kv-cache float32"):
-        tensorrt.lower(folder / "llm.onnx", 48)
+        tensorrt.lower(folder / "llm.onnx", tmp_path, PlanProfile("float32", 48, 16))
 
 
 def test_masks_and_feeds_fit_the_portable_graph(rounded: Make) -> None:

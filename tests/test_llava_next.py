@@ -14,7 +14,7 @@ from reference import Reference
 from tiny_next import CASES
 
 from vlm_edge import VLM
-from vlm_edge.runtime import ort
+from vlm_edge.runtime import ort_decoder
 
 NEW_TOKENS = 12
 MARGIN = 2e-3  # a winner that leads by less could change by rounding; logits are of order 3
@@ -114,7 +114,7 @@ def test_prefill_in_chunks_is_prefill_at_once(
     """Chunks that end anywhere: within a picture's overview, in its rows, between pictures."""
     text, names = PROMPTS["two unequal"]
     images, model = [shapes[name] for name in names], vlm("next-clip-mistral")
-    monkeypatch.setattr(ort, "CHUNK", chunk)
+    monkeypatch.setattr(ort_decoder, "CHUNK", chunk)
     expected = reference("next-clip-mistral").logits(text, images)
     np.testing.assert_allclose(logits(model, text, images), expected, rtol=0, atol=LOGIT_TOLERANCE)
 
@@ -123,7 +123,7 @@ def test_the_finest_case_takes_several_chunks_by_itself(
     vlm: Callable[..., VLM], shapes: dict[str, Path]
 ) -> None:
     """What the comparison above covers: a picture of more tokens than one chunk has positions."""
-    assert vlm("next-fine-native").count_tokens(*SIZES["large"]) > 3 * ort.CHUNK
+    assert vlm("next-fine-native").count_tokens(*SIZES["large"]) > 3 * ort_decoder.CHUNK
 
 
 @pytest.fixture

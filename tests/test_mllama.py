@@ -175,13 +175,13 @@ def test_a_picture_costs_once(loaded: Callable[[str], VLM], pictures: dict[str, 
 def test_long_prompts_are_prefilled_in_chunks(
     loaded: Callable[[str], VLM], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vlm_edge.runtime import ort
+    from vlm_edge.runtime import ort_decoder
 
     vlm = loaded("mllama")
     text, names, template = PROMPTS["in turn"]
     images = [pictures[name] for name in names]
     whole = vlm.generate(text, images, template, max_new_tokens=NEW_TOKENS).token_ids
-    monkeypatch.setattr(ort, "CHUNK", 7)
+    monkeypatch.setattr(ort_decoder, "CHUNK", 7)
     assert vlm.generate(text, images, template, max_new_tokens=NEW_TOKENS).token_ids == whole
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 import tiny_opt
-from tensorrt_rtx import Builder
+from tensorrt_rtx import build, needs_tensorrt, profile
 from tiny_opt import CASES, Subject
 
 from vlm_edge.calibration.data import CalibrationSet, Prompt
@@ -31,23 +30,21 @@ from vlm_edge.export.config import Config
 from vlm_edge.export.examples import Example
 from vlm_edge.export.language import families, llama, opt
 from vlm_edge.export.layerwise import States, inputs_by_layer, runner
-from vlm_edge.export.lowering import cpu, native, tensorrt
+from vlm_edge.export.lowering import cpu, native
 from vlm_edge.export.quantizers import Float, Observer
 from vlm_edge.export.quantizers.weight_only import WeightOnly
+from vlm_edge.export.tensorrt.api import TensorRT
 from vlm_edge.runtime import native as kernels
-from vlm_edge.runtime import ort
+from vlm_edge.runtime import ort_decoder
 from vlm_edge.runtime.feeds import prefill_feeds, windows
-from vlm_edge.runtime.ort import OrtDecoder, open_session
+from vlm_edge.runtime.ort import open_session
+from vlm_edge.runtime.ort_decoder import OrtDecoder
 
 TOLERANCE = 1e-4  # logits are of order 3
 EXACT = 2e-5  # float32 sums in another order
 ROUNDING = 0.1  # relative; up to 0.066 through three layers that round the input of every product
 MARGIN = 2e-3  # a reference whose winner leads by less could flip by rounding alone
 NATIVE = pytest.mark.skipif(kernels.library() is None, reason="our kernels were not built here")
-needs_tensorrt = pytest.mark.skipif(
-    find_spec("tensorrt_rtx_bindings") is None,
-    reason="TensorRT-RTX is not installed (requirements/tensorrt-rtx.txt)",
-)
 CAPACITY = 48
 LENGTHS = (5, 31, 1, 18, 12, 7, 23, 9)
 DATA = CalibrationSet((), (), tuple(Prompt((), str(n)) for n in LENGTHS), "")
@@ -80,8 +77,8 @@ def subject(folder: Callable[[str], Path]) -> Callable[..., Subject]:
 
 
 @pytest.fixture(scope="module")
-def builder() -> Builder:
-    return Builder()
+def trt() -> TensorRT:
+    return TensorRT("tensorrt-rtx")
 
 
 def quiet(*_: Any) -> None:
@@ -146,7 +143,7 @@ def test_greedy_tokens_are_those_of_transformers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Through the runtime's decoder, prefilled whole and in chunks, over a cache that grows."""
-    monkeypatch.setattr(ort, "CHUNK", chunk)
+    monkeypatch.setattr(ort_decoder, "CHUNK", chunk)
     it = subject(case)
     decoder = opened(written(it, tmp_path / "llm.onnx"), it)
     embeds = it.embeds(58)
@@ -364,14 +361,13 @@ def test_our_attention_is_that_of_the_rounded_cache(
 @needs_tensorrt
 @pytest.mark.parametrize("case", ["pre-norm", "as-350m", "galactica"])
 def test_tensorrt_builds_it(
-    case: str, builder: Builder, subject: Callable[..., Subject], tmp_path: Path
+    case: str, trt: TensorRT, subject: Callable[..., Subject], tmp_path: Path
 ) -> None:
     it = subject(case)
     for name, quantizer in (("fp32", Float()), ("int8", WeightOnly(8, 32))):
         portable = written(it, tmp_path / f"{name}.onnx", quantizer)
-        graph = portable.with_name(tensorrt.lower(portable, CAPACITY) or "")
-        profiles = tensorrt.profiles(it.part.interface.inputs, CAPACITY, 16)
-        built = builder.build(graph, profiles)
+        inputs = it.part.interface.inputs
+        built = build(trt, portable, inputs, tmp_path / name, profile(capacity=CAPACITY)).built
         assert ("Int8" in built.dtypes) == (name == "int8")
 
 

@@ -20,9 +20,10 @@ from vlm_edge.export.config import Config
 from vlm_edge.export.language import t5
 from vlm_edge.export.layers.relative_positions import RelativePositions
 from vlm_edge.export.quantizers import Float
-from vlm_edge.runtime import ort
+from vlm_edge.runtime import ort_decoder
 from vlm_edge.runtime.bundle import Bundle
-from vlm_edge.runtime.ort import OrtEncoderDecoder
+from vlm_edge.runtime.encoder_decoder import EncoderDecoder
+from vlm_edge.runtime.ort_decoder import open_decoder
 
 TOLERANCE = 1e-4  # logits are of order 3
 MARGIN = 2e-3  # of a reference that rounding cannot flip
@@ -34,7 +35,7 @@ class Subject:
     """A tiny T5 here and in transformers."""
 
     config: t5.T5Config
-    decoder: OrtEncoderDecoder
+    decoder: EncoderDecoder
     reference: Any
     table: np.ndarray
 
@@ -90,7 +91,8 @@ def opened(folder: Path, reference: Any, cache_dtype: Any = "float32") -> Subjec
         graphs.save(part.build(Float()), folder / f"{name}.onnx")
     manifest = SimpleNamespace(decoder=config.settings())
     bundle = Graphs(folder, manifest, table(folder, config))
-    decoder = OrtEncoderDecoder(cast(Bundle, bundle), threads=1)
+    decoder = open_decoder(cast(Bundle, bundle), threads=1)
+    assert isinstance(decoder, EncoderDecoder)
     return Subject(config, decoder, reference, bundle.table)
 
 
@@ -106,7 +108,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(
     case: str, length: int, subject: Callable[[str], Subject], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """40 steps, through several growths of the cache and beyond the short distances."""
-    monkeypatch.setattr(ort, "STEP", 16)
+    monkeypatch.setattr(ort_decoder, "STEP", 16)
     it = subject(case)
     embeds = prompt(it.config, length, seed=length)
     it.decoder.clear()
@@ -156,11 +158,11 @@ def test_a_decoder_in_chunks_is_the_whole(
 ) -> None:
     """An answer that is given, of 33 tokens, in chunks: positions are those of the whole."""
     it = subject("flan-gelu")
-    decoder = it.decoder._decoder
+    decoder = it.decoder.decoder
     answer = prompt(it.config, 33, seed=5)
     found = []
     for chunk in (256, 7, 1):
-        monkeypatch.setattr(ort, "CHUNK", chunk)
+        monkeypatch.setattr(ort_decoder, "CHUNK", chunk)
         it.decoder.prefill(prompt(it.config, 6))
         found.append(decoder.prefill(answer).copy())
     for each in found[1:]:
@@ -171,7 +173,7 @@ def test_an_int8_cache_moves_logits_a_little(tmp_path: Path) -> None:
     exact = make(CASES["flan"], tmp_path / "checkpoint")
     tokens, logits = exact.greedy(prompt(exact.config, 20), 30)
     rounded = opened(tmp_path / "checkpoint", None, "int8")
-    assert {array.dtype.name for array in rounded.decoder._decoder._caches.values()} == {
+    assert {value.numpy().dtype.name for value in rounded.decoder.decoder._caches.values()} == {
         "int8",
         "float32",
     }

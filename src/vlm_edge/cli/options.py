@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,18 +15,25 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 LOG_WIDTH = 120
-DEVICES = ("cpu", "cuda", "tensorrt")
+DEVICES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 
 
 def device(command: F) -> F:
-    return click.option(
+    plans = click.option(
+        "--plans",
+        type=click.Path(path_type=Path),
+        metavar="FOLDER",
+        help="Where `vlm build` put TensorRT's engines.  [default: beside the bundle]",
+    )
+    where = click.option(
         "--device",
         type=click.Choice(DEVICES),
         default="cpu",
         show_default=True,
         help="Where the engines run; one that is absent is an error, never a fallback.",
-    )(command)
+    )
+    return where(plans(command))
 
 
 def threads(command: F) -> F:
@@ -34,6 +42,14 @@ def threads(command: F) -> F:
         type=click.IntRange(min=1),
         default=None,
         help="CPU threads of each engine.  [default: all that the process may use]",
+    )(command)
+
+
+def compute_capability(command: F) -> F:
+    return click.option(
+        "--compute-capability",
+        metavar="X.Y",
+        help="Of the GPU to build for, such as 8.6.  [default: this machine's]",
     )(command)
 
 

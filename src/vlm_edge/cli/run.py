@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -74,6 +75,7 @@ def run(
     system: str | None,
     as_json: bool,
     device: str,
+    plans: Path | None,
     threads: int | None,
     no_template: bool,
     **settings: Any,
@@ -92,7 +94,7 @@ def run(
 
     from vlm_edge import VLM
 
-    vlm = VLM.load(bundle, device=device, threads=threads)
+    vlm = VLM.load(bundle, device=device, threads=threads, plans=plans)
     try:
         if prompt is None:
             from vlm_edge.cli.chat import converse
