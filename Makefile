@@ -10,7 +10,7 @@ PICTURE := export/demo_data/held_out.png
 QUESTION := what color is the shape?
 WRITES_BUNDLES := $(wildcard export/*.py export/*/*.py export/demo_data/* export/demo_data/*/* calibration/*.py runtime/*.py)
 
-.PHONY: test lint types unit demo architectures format clean
+.PHONY: test lint types unit test-arm64 demo architectures format clean
 
 test: lint types unit
 
@@ -27,6 +27,10 @@ types: $(VENV)/.ready
 
 unit: $(VENV)/.ready $(VENV)/.kernels
 	$(VENV)/bin/python -m pytest -q
+
+# The runtime on emulated arm64, against this machine: Linux on x86-64, with apt (CONTRIBUTING.md).
+test-arm64: $(VENV)/.ready
+	$(VENV)/bin/python scripts/arm64
 
 # The table of verified architectures, from the results of the tests that compare them.
 architectures: $(VENV)/.ready $(VENV)/.kernels
@@ -70,4 +74,4 @@ demo: $(OUT)/llava-int8/manifest.json $(OUT)/llava-fp32/manifest.json
 		--prompt "$(QUESTION)" --runs 5
 
 clean:
-	rm -rf $(VENV) $(DEMO) $(OUT) .links build dist *.egg-info
+	rm -rf $(VENV) $(DEMO) $(OUT) .links .arm64 build dist *.egg-info

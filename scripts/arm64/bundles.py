@@ -1,0 +1,81 @@
+"""Tiny bundles of every family and what each is asked, made on the machine that has torch.
+
+`python bundles.py FOLDER`: FOLDER/<case>-<precision>/, FOLDER/pictures/ and FOLDER/questions.json, which
+`ask.py` reads on every machine. Checkpoints are those of the tests (tests/tiny*.py).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+TESTS = Path(__file__).parents[2] / "tests"
+sys.path.insert(0, str(TESTS))
+
+from pictures import write_pictures  # noqa: E402
+from tiny import build  # noqa: E402
+from tiny_blip2 import build_blip  # noqa: E402
+from tiny_idefics import build_idefics  # noqa: E402
+from tiny_mllama import build_mllama  # noqa: E402
+from tiny_open_flamingo import build_open_flamingo  # noqa: E402
+from tiny_smolvlm import build_smol  # noqa: E402
+
+from vlm_edge.export import layer_times, static  # noqa: E402
+from vlm_edge.export.pipeline import export  # noqa: E402
+from vlm_edge.export.precision import PrecisionPlan  # noqa: E402
+
+ALL = ("fp32", "int8", "int4")
+# case -> how its checkpoint is made, and the precisions it is exported with. Many of
+# the first are here because the tests that run on the other machine ask for them.
+CASES: dict[str, tuple[Callable[[str, Path], Path], tuple[str, ...]]] = {
+    "clip-llama": (build, ALL),
+    "clip-llama-v4": (build, ("fp32",)),
+    "clip-llama-native": (build, ("fp32", "int4")),
+    "clip-llama-biases": (build, ("fp32",)),
+    "clip-mistral-window": (build, ("fp32",)),
+    "clip-mistral-v4": (build, ("fp32",)),
+    "clip-padded-square": (build, ("fp32",)),
+    "siglip-qwen2": (build, ("fp32", "int4")),
+    "siglip-qwen2-v4": (build, ("fp32",)),
+    "siglip-llama-yarn-v4": (build, ("fp32",)),
+    "dinov2-llama": (build, ALL),
+    "next-clip-mistral": (build, ("fp32",)),
+    "smolvlm": (build_smol, ALL),
+    "blip2-opt": (build_blip, ALL),
+    "blip2-t5": (build_blip, ALL),
+    "instructblip-t5": (build_blip, ("fp32",)),
+    "idefics": (build_idefics, ALL),
+    "llama": (build_open_flamingo, ("fp32",)),
+    "mllama": (build_mllama, ALL),
+}
+QUESTION = "what is the color?"
+QUESTIONS = [[QUESTION, ["wide.png"]], [QUESTION, ["rotated.jpg"]], [QUESTION, []]]
+
+
+def main(folder: Path) -> None:
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # At these sizes INT8 gains nothing: as in the tests, layers are called faster, so that all of them
+    # are quantized, and the error of random weights is allowed.
+    layer_times.measure = lambda *_: layer_times.Times(2.0, 1.0)  # type: ignore[assignment]
+    static.MAX_ERROR = 10.0
+    (folder / "pictures").mkdir(parents=True)
+    write_pictures(folder / "pictures")
+    with tempfile.TemporaryDirectory() as work:
+        for case, (write, precisions) in CASES.items():
+            checkpoint = write(case, Path(work) / case)
+            for precision in precisions:
+                plan = PrecisionPlan.uniform(precision)
+                export(checkpoint, folder / f"{case}-{precision}", precision=plan)
+    names = [f"{case}-{precision}" for case, (_, many) in CASES.items() for precision in many]
+    text = json.dumps({"bundles": names, "questions": QUESTIONS}, indent=1)
+    (folder / "questions.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
