@@ -1,4 +1,4 @@
-"""Latency and memory of one bundle, or of two in one interleaved run."""
+"""Latency, memory and energy of one bundle, or of two in one interleaved run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_edge.benchmarks import machine
+from vlm_edge.benchmarks.power import Meter, metering
 from vlm_edge.benchmarks.schema import REPEATED, Figure, Measured, Report, Sample, spread
 from vlm_edge.errors import VlmEdgeError
 
@@ -36,10 +37,12 @@ class Settings:
     warmup: int = 2
     threads: int | None = None
     device: str = "cpu"
+    plans: Path | None = None  # the folder of TensorRT plans
 
     def request(self) -> dict[str, Any]:
         """What a worker needs to know."""
-        return {k: v for k, v in asdict(self).items() if k not in ("runs", "warmup")}
+        asked = {k: v for k, v in asdict(self).items() if k not in ("runs", "warmup")}
+        return asked | {"plans": None if self.plans is None else str(self.plans)}
 
 
 class WorkerFailed(VlmEdgeError, RuntimeError):
@@ -56,6 +59,7 @@ class Worker:
     def __init__(self, bundle: Path) -> None:
         self.bundle = bundle
         self.samples: list[Sample] = []
+        self.spans: list[tuple[float, float, float]] = []  # of the samples: begin, first token, end
         self.facts: dict[str, Any] = {}  # filled by `load`
         self.process = subprocess.Popen(
             [sys.executable, "-m", "vlm_edge.benchmarks.worker"],
@@ -89,8 +93,17 @@ class Worker:
             raise WorkerFailed(answer["error"]) from WorkerTraceback(answer["traceback"])
         return answer
 
-    def measured(self) -> Measured:
+    def run(self, number: int, counts: bool) -> None:
+        """One request; `counts` keeps what it gave."""
+        answer = self.ask(run=number)
+        if counts:
+            self.samples.append(answer["sample"])
+            self.spans.append(answer["span"])
+
+    def measured(self, meter: Meter, new_tokens: int) -> Measured:
         """What the runs so far gave."""
+        for sample, span in zip(self.samples, self.spans, strict=True):
+            sample |= energy_figures(meter, span, new_tokens)
         figures: dict[str, Figure] = {
             name: spread(name, [s[name] for s in self.samples if name in s]) for name in REPEATED
         }
@@ -142,19 +155,20 @@ def measure(
     bundles = [bundle] if against is None else [bundle, against]
     rounds = settings.warmup + settings.runs
     progress("load", 0, len(bundles))
-    with _workers(bundles, settings) as workers:
+    with metering(settings.device) as meter, _workers(bundles, settings) as workers:
         progress("load", len(bundles), len(bundles))
+        before = machine.board()
         for number in range(rounds):
             warming = number < settings.warmup
             step, total = ("warm-up", settings.warmup) if warming else ("runs", settings.runs)
             done = number if warming else number - settings.warmup
             progress(step, done, total)
             for worker in workers:
-                sample = worker.ask(run=number)["sample"]
-                if not warming:
-                    worker.samples.append(sample)
+                worker.run(number, counts=not warming)
             progress(step, done + 1, total)
-        measured = [worker.measured() for worker in workers]
+        meter.settle()
+        throttling = machine.throttling(before)
+        measured = [worker.measured(meter, settings.new_tokens) for worker in workers]
         facts = workers[0].facts
     image = Path(settings.image).name if settings.image else "drawn"
     about = {
@@ -178,4 +192,21 @@ def measure(
         settings=about,
         measured=measured[0],
         against=measured[1] if against is not None else None,
+        power=meter.about(any("power_w" in s for w in workers for s in w.samples)),
+        throttling=throttling,
     )
+
+
+def energy_figures(meter: Meter, span: tuple[float, float, float], new_tokens: int) -> Sample:
+    """Power and energy of one request; a figure that the readings do not tell is left out.
+
+    Energy of a token is of the decode alone: of each token after the first, as the rate counts them.
+    """
+    begin, first, end = span
+    found: Sample = {}
+    whole, decode = meter.energy(begin, end), meter.energy(first, end)
+    if whole is not None:
+        found |= {"power_w": whole / (end - begin), "energy_j": whole}
+    if decode is not None and new_tokens > 1:
+        found["energy_mj_per_token"] = 1000 * decode / (new_tokens - 1)
+    return found

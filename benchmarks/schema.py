@@ -11,7 +11,8 @@ import numpy as np
 SCHEMA = 1
 TIMES = ("preprocess_ms", "vision_ms", "connector_ms", "prefill_ms", "ttft_ms")
 RATES = ("prefill_tokens_per_s", "decode_tokens_per_s")
-REPEATED = TIMES + RATES
+POWER = ("power_w", "energy_j", "energy_mj_per_token")
+REPEATED = TIMES + RATES + POWER
 ONCE = ("load_s", "peak_rss_mb", "bundle_mb")
 FIGURES = ("load_s", *REPEATED, "peak_rss_mb", "bundle_mb")
 
@@ -53,6 +54,8 @@ class Report:
     settings: dict[str, Any]
     measured: Measured
     against: Measured | None = None
+    power: dict[str, Any] = field(default_factory=dict)
+    throttling: dict[str, Any] | None = None  # of a Jetson while the runs lasted
 
     def ratios(self) -> dict[str, Figure]:
         """The first bundle over the other: paired by run where the figure repeats."""
@@ -75,6 +78,8 @@ class Report:
             "date": self.date,
             "machine": self.machine,
             "settings": self.settings,
+            "power": self.power,
+            "throttling": self.throttling,
             **self.measured.to_json(),
         }
         if self.against is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vlm_edge.benchmarks.schema import Figure, Measured, Report, Spread
+from vlm_edge.benchmarks.schema import POWER, Figure, Measured, Report, Spread
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,6 +18,9 @@ ROWS = {
     "ttft_ms": "first token, ms",
     "prefill_tokens_per_s": "prefill, tokens/s",
     "decode_tokens_per_s": "decode, tokens/s",
+    "power_w": "power, W",
+    "energy_j": "energy, J",
+    "energy_mj_per_token": "decode, mJ/token",
     "peak_rss_mb": "peak memory, MB",
     "bundle_mb": "bundle, MB",
 }
@@ -27,7 +30,7 @@ def table(report: Report) -> Table:
     """One column per bundle with median, p90 and p99; with two bundles their ratio."""
     from rich.table import Table
 
-    made = Table(title=title(report), title_justify="left", caption=_machine(report.machine))
+    made = Table(title=title(report), title_justify="left", caption=_caption(report))
     made.add_column("")
     ratios = report.ratios()
     sides = [report.measured] + ([report.against] if report.against else [])
@@ -38,7 +41,10 @@ def table(report: Report) -> Table:
             made.add_column("p99", justify="right")
     if ratios:
         made.add_column("ratio", justify="right")
+    unknown = {n for n in POWER if all(side.figures[n] is None for side in sides)}
     for name, label in ROWS.items():
+        if name in unknown:
+            continue  # the caption says why
         cells = []
         for side in sides:
             figure = side.figures[name]
@@ -52,9 +58,29 @@ def table(report: Report) -> Table:
     return made
 
 
+def _caption(report: Report) -> str:
+    """The machine, how it ran, and what the power is of."""
+    lines = [_machine(report.machine)]
+    slowed = report.throttling or {}
+    events = [f"{name} {count} times" for name, count in slowed.get("overcurrent", {}).items()]
+    if found := [*slowed.get("active", []), *events]:
+        lines.append(f"throttled: {', '.join(found)}")
+    power = report.power
+    if power.get("reason"):
+        lines.append(f"no power: {power['reason']}")
+    elif power.get("source"):
+        idle = f", {number(power['idle_w'])} W idle" if power["idle_w"] else ""
+        lines.append(f"power: {power['covers']}{idle}")
+    return "\n".join(lines)
+
+
 def _machine(machine: dict[str, Any]) -> str:
-    kernels = machine.get("kernels")
-    return machine["name"] + (f", kernels of {kernels}" if kernels else "")
+    parts = [machine["name"]]
+    if board := machine.get("jetson"):
+        parts.append(f"JetPack {board['jetpack']} (L4T {board['l4t']}), {board['power_mode']}")
+    if kernels := machine.get("kernels"):
+        parts.append(f"kernels of {kernels}")
+    return ", ".join(parts)
 
 
 def title(report: Report) -> str:

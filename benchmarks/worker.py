@@ -3,10 +3,11 @@
 A process of its own makes the peak memory the bundle's own, and a load the first of its process.
 
     {"bundle", "image", "prompt", ...} -> {"load_s", "prompt_tokens", "visual_tokens", ...}
-    {"run": n}                         -> {"sample": {figure: value}}
+    {"run": n}                         -> {"sample": {figure: value}, "span": [begin, first token, end]}
     {"peak": true}                     -> {"peak_rss_mb": value or null}
 
-An error is answered with {"error": one sentence, "traceback": text} and ends the process.
+A span's times are of `time.monotonic`, which all processes share. An error is answered with
+{"error": one sentence, "traceback": text} and ends the process.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +46,8 @@ def main() -> None:
         for line in sys.stdin:
             order = json.loads(line)
             if "run" in order:
-                answer(sample=subject.run())
+                sample, span = subject.run()
+                answer(sample=sample, span=span)
             else:
                 answer(peak_rss_mb=peak_rss_mb())
         subject.vlm.close()
@@ -72,12 +75,13 @@ class Subject:
         max_visual_tokens: int | None,
         threads: int | None,
         device: str,
+        plans: str | None,
     ) -> None:
         from vlm_edge import VLM
         from vlm_edge.runtime.tiling import TileLimits
 
         self.limits = TileLimits(max_tiles, max_visual_tokens)
-        self.vlm: VLM = VLM.load(bundle, device=device, threads=threads)
+        self.vlm: VLM = VLM.load(bundle, device=device, threads=threads, plans=plans)
         self.new_tokens = new_tokens
         self.prompt = prompt or QUESTION
         self.images: list[str | bytes] = [] if no_image else [image or picture()]
@@ -104,9 +108,11 @@ class Subject:
             **self._tiling(built),
         }
 
-    def run(self) -> dict[str, float]:
-        """One whole request with nothing remembered from the one before."""
+    def run(self) -> tuple[dict[str, float], tuple[float, float, float]]:
+        """One whole request with nothing remembered from the one before: figures, and when it began, gave
+        its first token and ended."""
         self.vlm.clear_image_cache()
+        begin = time.monotonic()
         result = self.vlm.generate(
             self.prompt,
             self.images,
@@ -116,6 +122,7 @@ class Subject:
             max_tiles=self.limits.max_tiles,
             max_visual_tokens=self.limits.max_visual_tokens,
         )
+        end = time.monotonic()
         if len(result.token_ids) != self.new_tokens:
             found = len(result.token_ids)
             raise EngineFailure("llm", f"{found} tokens came where {self.new_tokens} were asked")
@@ -130,7 +137,7 @@ class Subject:
             sample["preprocess_ms"] = timings.preprocess_ms
             sample["vision_ms"] = timings.vision_ms
             sample["connector_ms"] = timings.connector_ms
-        return sample
+        return sample, (begin, begin + timings.ttft_ms / 1000, end)
 
     def _tiling(self, built: BuiltPrompt) -> dict[str, Any]:
         """The picture's grid where the model has a choice of them, and what limits changed."""

@@ -15,7 +15,9 @@ VlmEdgeError
 ├── DeviceError (RuntimeError)
 │   ├── DeviceUnavailable, DriverTooOld
 │   ├── EngineFailure, CapacityExceeded
-│   └── PlanMissing, PlanMismatch, PlanDamaged, BuildFailed
+│   ├── GpuFailure, OutOfDeviceMemory
+│   ├── PlanMissing, PlanMismatch, PlanDamaged, BuildFailed
+│   └── MemoryShort
 ├── CalibrationError (ValueError)
 ├── VerificationError (RuntimeError)
 ├── SettingError (ValueError)
@@ -260,6 +262,29 @@ class DriverTooOld(DeviceUnavailable):
         )
 
 
+class GpuFailure(DeviceError):
+    """The GPU's driver reported an error."""
+
+    def __init__(self, gpu: str, why: str) -> None:
+        super().__init__(f"GPU {gpu} failed: {why}")
+
+
+class OutOfDeviceMemory(DeviceError):
+    """The GPU has no room for something.
+
+    Args:
+        size, free, total: bytes.
+    """
+
+    def __init__(self, gpu: str, what: str, size: int, free: int, total: int) -> None:
+        megabytes = [f"{each / 1e6:.0f}" for each in (size, free, total)]
+        super().__init__(
+            f"GPU {gpu} has no room for {what}: it takes {megabytes[0]} MB, {megabytes[1]} of "
+            f"{megabytes[2]} MB are free; close other programs, or build with a smaller --capacity, "
+            "--chunk or --tiles"
+        )
+
+
 class CapacityExceeded(DeviceError):
     """A conversation needs more positions than a TensorRT engine was built for."""
 
@@ -311,6 +336,26 @@ class BuildFailed(DeviceError):
 
     def __init__(self, engine: str, why: str) -> None:
         super().__init__(f"TensorRT did not build {engine}: {why}")
+
+
+class MemoryShort(DeviceError):
+    """A device's memory does not hold what is to be done; known before anything is built.
+
+    Args:
+        doing: "building llm" or "running the engines".
+        needed, free, size: bytes; `size` is of the largest part, `term`.
+        where: whose memory.
+        advice: the way out.
+    """
+
+    def __init__(
+        self, doing: str, needed: int, free: int, where: str, term: str, size: int, advice: str
+    ) -> None:
+        amounts = [f"{amount / 1e9:.1f} GB" for amount in (needed, free, size)]
+        super().__init__(
+            f"{doing} takes about {amounts[0]}, {where} has about {amounts[1]} for it; the largest part "
+            f"is the {term} ({amounts[2]}): {advice}"
+        )
 
 
 # -- the rest -------------------------------------------------------------------------------
