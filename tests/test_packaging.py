@@ -40,8 +40,11 @@ NEVER = {
 
 PEERS = ROOT / "benchmarks/peers/engines"  # each file runs in the environment of its engine
 
-# What it measures beside: this one name, in this one file.
-MEASURED_BESIDE = {ROOT / "benchmarks/preprocessing.py": {"transformers"}}
+# What it measures beside: these names, in these files.
+MEASURED_BESIDE = {
+    ROOT / "benchmarks/preprocessing.py": {"transformers"},
+    ROOT / "benchmarks/gpu_torch.py": {"torch", "transformers"},
+}
 
 DATA = "vlm_edge.training.data"  # pictures with questions, which training and accuracy share
 
