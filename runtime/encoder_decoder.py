@@ -59,6 +59,9 @@ class EncoderDecoder:
     def history(self, prompt: Sequence[int]) -> list[int]:
         return [self._start]
 
+    def check_room(self, prompt: int, new: int) -> None:
+        self.decoder.check_room(1, new)  # the prompt is the encoder's
+
     def attend(self, media: Media) -> None:
         raise EngineFailure("llm", "an encoder-decoder attends to no pictures")
 

@@ -54,6 +54,13 @@ class Decoder(Protocol):
         """Token ids before the answer's first, as a repetition penalty counts them: the prompt's, or an
         encoder-decoder's start token."""
 
+    def check_room(self, prompt: int, new: int) -> None:
+        """Is there room for a prompt of so many positions and an answer of `new` tokens at most?
+
+        Raises:
+            CapacityExceeded: it was built for fewer.
+        """
+
     def attend(self, media: Media) -> None:
         """What the positions of the next `prefill` attend to besides each other, where the model attends
         to pictures; what is decoded after them sees what the last of them does."""
@@ -71,13 +78,18 @@ class Decoder(Protocol):
 
 
 def open_engines(
-    bundle: Bundle, device: str, threads: int | None, plans: PlanStore | None = None
+    bundle: Bundle,
+    device: str,
+    threads: int | None,
+    plans: PlanStore | None = None,
+    check: bool = True,
 ) -> tuple[dict[str, Engine], Decoder]:
     """The engines that encode pictures, by name, and the decoder, on the device asked for.
 
     Args:
         threads: of the host, for one operator; None takes the processors this process may use.
         plans: where TensorRT's engines are; None looks beside the bundle.
+        check: compare these with their sha256.
 
     Raises:
         SettingError: no such device.
@@ -89,7 +101,7 @@ def open_engines(
     if device.startswith("tensorrt"):
         from vlm_edge.runtime import trt
 
-        return trt.open_engines(bundle, device, plans)
+        return trt.open_engines(bundle, device, plans, check)
     if device == "cuda" and importlib.util.find_spec("onnxruntime") is None:
         raise ExtraMissing("gpu", "onnxruntime-gpu", "running a bundle on a GPU")
     from vlm_edge.runtime import ort, ort_decoder

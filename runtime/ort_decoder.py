@@ -71,6 +71,9 @@ class OrtDecoder:
     def history(self, prompt: Sequence[int]) -> list[int]:
         return list(prompt)
 
+    def check_room(self, prompt: int, new: int) -> None:
+        """There is: the cache grows."""
+
     def read(self, constants: dict[str, np.ndarray]) -> None:
         """From now on every step reads these inputs too (`CrossDecoder.read`)."""
         self._step = None

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
+import platform
+import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ class PlanEntry:
     """What stands beside a plan's file.
 
     Attributes:
-        built: the order of building, nanoseconds since 1970.
+        built: when it was built or last asked for again, nanoseconds since 1970.
         seconds: that building took.
     """
 
@@ -123,6 +124,15 @@ class PlanStore:
         found = [_read(path) for path in self.folder.glob(f"{engine}-*.json")]
         return sorted((entry for entry in found if entry.engine == engine), key=lambda e: -e.built)
 
+    def nearest(self, engine: str, key: PlanKey) -> PlanEntry | None:
+        """The plan whose key differs least, the latest of several; None where there is none.
+
+        Raises:
+            PlanDamaged: a `.json` is not what `add` writes.
+        """
+        found = self.entries(engine)
+        return min(found, key=lambda entry: len(entry.key.differs(key)), default=None)
+
     def find(self, engine: str, key: PlanKey, command: str, check: bool = True) -> PlanEntry:
         """The latest plan that fits.
 
@@ -135,10 +145,9 @@ class PlanStore:
             PlanMismatch: none fits; the sentence names what differs from the nearest.
             PlanDamaged: the one that fits is cut short or changed.
         """
-        entries = self.entries(engine)
-        if not entries:
+        nearest = self.nearest(engine, key)
+        if nearest is None:
             raise PlanMissing(engine, self.folder, command)
-        nearest = min(entries, key=lambda entry: len(entry.key.differs(key)))
         differs = nearest.key.differs(key)
         if differs:
             raise PlanMismatch(engine, self.folder, differs, command)
@@ -164,6 +173,12 @@ class PlanStore:
         _write(path.with_suffix(".json"), to_json(entry))
         return entry
 
+    def prefer(self, entry: PlanEntry) -> PlanEntry:
+        """Make a plan the latest, which a search without a profile takes."""
+        latest = dataclasses.replace(entry, built=time.time_ns())
+        _write(self.path(latest).with_suffix(".json"), to_json(latest))
+        return latest
+
     def _check(self, entry: PlanEntry, digest: bool) -> None:
         path = self.path(entry)
         if not path.is_file():
@@ -172,6 +187,11 @@ class PlanStore:
             raise PlanDamaged(path, f"{path.stat().st_size} bytes instead of {entry.file.size}")
         if digest and file_digest(path) != entry.file.sha256:
             raise PlanDamaged(path, "it differs from its sha256")
+
+
+def host_platform() -> str:
+    """`PlanKey.platform` of this machine."""
+    return f"{sys.platform}-{platform.machine().lower()}"
 
 
 def graph_digest(entry: EngineEntry, files: Mapping[str, FileEntry]) -> str:
@@ -199,8 +219,6 @@ def _read(path: Path) -> PlanEntry:
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
     """Whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=".", suffix=".json.part", delete=False, encoding="utf-8"
-    ) as file:
-        json.dump(document, file, indent=1)
-    os.replace(file.name, path)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    part.replace(path)

@@ -91,7 +91,12 @@ class VLM:
     """A vision-language model ready to answer. Made by `VLM.load`; not for use by several threads."""
 
     def __init__(
-        self, bundle: Bundle, device: str, threads: int | None, plans: PlanStore | None = None
+        self,
+        bundle: Bundle,
+        device: str,
+        threads: int | None,
+        plans: PlanStore | None = None,
+        check: bool = True,
     ) -> None:
         self.bundle, self.manifest, self.device = bundle, bundle.manifest, device
         prompt = self.manifest.prompt
@@ -101,7 +106,7 @@ class VLM:
             source = bundle.file(prompt.chat_template).read_text(encoding="utf-8")
             self.template = ChatTemplate(source, prompt.special_tokens)
         self.embeddings = bundle.embeddings()
-        self._engines, self.decoder = open_engines(bundle, device, threads, plans)
+        self._engines, self.decoder = open_engines(bundle, device, threads, plans, check)
         self.vision, self.connector = self._engines["vision"], self._engines.get("connector")
         self.media_kv = self._engines.get("media_kv")
         self.tiler, self.instruction = bundle.tiler(), bundle.instruction()
@@ -131,7 +136,7 @@ class VLM:
             device: "cpu"; "cuda", ONNX Runtime on an NVIDIA GPU; "tensorrt" or "tensorrt-rtx", with the
                 plans that `vlm build` made. One that is absent is an error, never replaced by another.
             threads: of the CPU, per operator; None takes all processors this process may use.
-            check: compare every file of the bundle with its sha256.
+            check: compare every file of the bundle, and every plan, with its sha256.
             plans: the folder of TensorRT plans; None is the one beside the bundle.
 
         Raises:
@@ -145,7 +150,7 @@ class VLM:
                 f"threads = {threads!r}; it should be a whole number from 1 to {most}"
             )
         store = None if plans is None else PlanStore(plans)
-        vlm = cls(Bundle(bundle, check), device, threads, store)
+        vlm = cls(Bundle(bundle, check), device, threads, store, check)
         vlm.load_s = time.perf_counter() - begin
         return vlm
 
@@ -194,6 +199,7 @@ class VLM:
         limit = self.manifest.decoder.max_positions
         if limit is not None and len(built.token_ids) + settings.max_new_tokens > limit:
             raise ContextOverflow(len(built.token_ids), settings.max_new_tokens, limit)
+        self.decoder.check_room(len(built.token_ids), settings.max_new_tokens)
         answer = self._answer(built, sampler, stops, settings, watch, reuse)
         return Stream(answer, built.pictures)
 

@@ -1,0 +1,49 @@
+"""Kernels that TensorRT-RTX compiled on this machine, kept in a file, so that the next start finds them.
+
+A plan of TensorRT-RTX holds no finished kernels: they are compiled for the GPU as engines start and as shapes
+come. TensorRT-RTX checks what the file was made with (its version, the GPU, the driver) and takes it or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class KernelCache:
+    """The kernels of all engines of a bundle.
+
+    Args:
+        path: the file; it need not exist, and a folder that cannot be written is no error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+        self._kept = b""
+
+    def attach(self, config: Any) -> None:
+        """Let the context made with this IRuntimeConfig use them; a CUDA context is current."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            with contextlib.suppress(OSError):
+                self._kept = self._path.read_bytes()
+                self._cache.deserialize(self._kept)
+        config.set_runtime_cache(self._cache)
+
+    def save(self) -> None:
+        """Write what has been compiled since they were read."""
+        if self._cache is None:
+            return
+        blob = bytes(memoryview(self._cache.serialize()))
+        if blob == self._kept:
+            return
+        with contextlib.suppress(OSError):
+            folder = self._path.parent
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as part:
+                part.write(blob)
+            os.replace(part.name, self._path)
+            self._kept = blob
