@@ -139,9 +139,10 @@ def test_a_real_manifest_survives_the_round_trip(real: dict[str, Any], tmp_path:
     (tmp_path / NAME).write_text(manifest.dump(), encoding="utf-8")
     assert read_manifest(tmp_path) == manifest
     assert manifest.format == FORMAT
-    kinds = {"cpu": "vision.cpu.onnx", "cpu-native": "vision.cpu-native.onnx"}
+    kinds = {kind: f"vision.{kind}.onnx" for kind in ("cpu", "cpu-native", "cuda")}
     assert manifest.engines["vision"].lowered == kinds
-    assert manifest.engines["llm"].lowered == {"cpu-native": "llm.cpu-native.onnx"}
+    kinds = {kind: f"llm.{kind}.onnx" for kind in ("cpu-native", "cuda")}
+    assert manifest.engines["llm"].lowered == kinds
     assert manifest.parity is None
 
 

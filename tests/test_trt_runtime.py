@@ -481,7 +481,7 @@ def test_a_plan_that_was_changed(make: Make, llava: Path) -> None:
     (plan,) = plans.glob("llm-*.plan")
     plan.write_bytes(plan.read_bytes().replace(b"profiles", b"profileS"))
     with pytest.raises(PlanDamaged, match="llm-.*differs from its sha256"):
-        VLM.load(llava, device="tensorrt", plans=plans, check=False)
+        VLM.load(llava, device="tensorrt", plans=plans)
     assert here.gpu.clean
 
 

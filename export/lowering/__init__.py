@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vlm_edge.export.lowering import cpu, native
+from vlm_edge.export.lowering import cpu, cuda, native
 from vlm_edge.export.lowering.cpu import Windows
 
 
@@ -17,5 +17,9 @@ def lower(portable: Path, windows: Windows) -> dict[str, str]:
     Returns:
         File names by engine kind (`EngineEntry.lowered`).
     """
-    lowered = {"cpu": cpu.lower(portable, windows), "cpu-native": native.lower(portable, windows)}
+    lowered = {
+        "cpu": cpu.lower(portable, windows),
+        "cpu-native": native.lower(portable, windows),
+        "cuda": cuda.lower(portable, windows),
+    }
     return {kind: name for kind, name in lowered.items() if name is not None}

@@ -132,6 +132,8 @@ def _group_queries(
             ir.node("RotaryEmbedding", [x, by.cos, by.sin], {**rotary, "num_heads": heads})
             for x, heads in ((query, site.heads), (key, site.kv_heads))
         ]
+        for node, x in zip(nodes, (query, key), strict=True):
+            node.outputs[0].type, node.outputs[0].shape = x.type, x.shape
         query, key = (node.outputs[0] for node in nodes)
     grouped = ir.node(
         "GroupQueryAttention",

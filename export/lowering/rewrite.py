@@ -27,6 +27,24 @@ def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Val
     return value
 
 
+def insert_behind(graph: ir.Graph, value: ir.Value, node: ir.Node) -> None:
+    """Put a node right behind what makes `value`; in front of all if that is no node."""
+    producer = value.producer()
+    if producer is None:
+        graph.insert_before(graph[0], node)
+    else:
+        graph.insert_after(producer, node)
+
+
+def values(tensor: ir.TensorProtocol) -> np.ndarray:
+    """Its values, to be read only. onnx_ir reads no file that has another (hard) link, and that is how a
+    plan's graph or a copy of a bundle shares its weights."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    shape, dtype = tensor.shape.numpy(), tensor.dtype.numpy()
+    return np.memmap(tensor.path, dtype, "r", tensor.offset or 0, shape)
+
+
 def take_over(old: ir.Value, new: ir.Value) -> None:
     """`new` stands wherever `old` stood, its name and place among the outputs included."""
     name, shape, kind = old.name, old.shape, old.type

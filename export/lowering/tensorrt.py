@@ -1,8 +1,8 @@
-"""For TensorRT: a cache of fixed capacity, one scale a column instead of one block, and profiles.
+"""For TensorRT: a cache of fixed capacity, float16 where asked, one scale a column instead of one block;
+and the profiles.
 
-TensorRT reads everything else of the portable graph as it is (`tests/test_tensorrt_rtx.py`), so vision
-encoders and connectors need no lowering. Attention in float32 has no fused kernel there: whoever
-builds an engine marks it as decomposable.
+TensorRT reads everything else of the portable graph as it is (`tests/test_tensorrt_rtx.py`). Attention in
+float32 has no fused kernel there: whoever builds an engine marks it as decomposable.
 """
 
 from __future__ import annotations
@@ -12,9 +12,12 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from vlm_edge.errors import EngineFailure, SettingError
+from vlm_edge.errors import EngineFailure
+from vlm_edge.export.lowering.half import half
 from vlm_edge.runtime.manifest import TensorSpec
+from vlm_edge.runtime.plans import PlanProfile
 
+ARRANGEMENT = "aspect_ratio_id"  # as export/parts.py, which needs all that exporting does
 CAPACITY = "capacity"  # the axis of the caches and masks that TensorScatter wants to be a number
 Span = tuple[int, int, int]  # an axis's shortest, usual and longest size
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # by input name
@@ -22,49 +25,63 @@ ONE: Span = (1, 1, 1)
 TYPICAL = 32  # tokens of a question
 
 
-def lower(portable: Path, capacity: int) -> str | None:
-    """Write the TensorRT graph beside the portable one, sharing its weights.
-
-    Args:
-        capacity: positions the cache has room for, all the engine's life.
-
-    Returns:
-        The file's name; None where nothing is to be changed and the portable graph is built as it is.
+def lower(portable: Path, folder: Path, profile: PlanProfile) -> Path:
+    """Write the graph that TensorRT builds into `folder`, over the same weights: their file is linked
+    there, because a graph may only name files beside it.
 
     Raises:
-        SettingError: a capacity below 1.
         EngineFailure: a weight or a cache that TensorRT has no form for.
     """
-    if capacity < 1:
-        raise SettingError(f"capacity = {capacity}; it should be at least 1")
     model = ir.load(portable)
     _refuse_odd_int4(model.graph, portable.stem)
     if any(value.dtype == ir.DataType.INT8 for value in model.graph.inputs):
         reason = "TensorRT has no int8 cache (TensorScatter); export with --kv-cache float32"
         raise EngineFailure(portable.stem, reason)
-    if not freeze_capacity(model.graph, capacity) + columns_for_blocks(model.graph):
-        return None
-    path = portable.with_name(f"{portable.stem}.tensorrt.onnx")
+    freeze_capacity(model.graph, profile.capacity)
+    columns_for_blocks(model.graph)
+    if profile.float_type == "float16":
+        half(model)
+    path = folder / portable.name
     ir.save(model, path)
-    return path.name
+    link(portable.with_suffix(".data"), folder)
+    return path
+
+
+def link(weights: Path, folder: Path) -> None:
+    """`weights`, if there are any, under their name in `folder` without a copy. Not a second name of the
+    file: whoever else reads the bundle meanwhile might take that for an attack, as onnx does."""
+    target = folder / weights.name
+    if weights.is_file() and not target.exists():
+        target.symlink_to(weights.resolve())
 
 
 def profiles(
-    inputs: Sequence[TensorSpec], capacity: int, chunk: int, tiles: int = 1, words: int = 512
+    inputs: Sequence[TensorSpec], profile: PlanProfile, picture: int = 1
 ) -> tuple[Profile, ...]:
     """The ranges of input shapes that an engine is built for.
 
     A language model has two, prefill of 1 to `chunk` positions and decode of one; other parts have
     one, for 1 to `tiles` tiles, an instruction of 1 to `words` tokens or an encoder-decoder's prompt of
     1 to `capacity`.
+
+    Args:
+        picture: positions of one picture, where a language model attends to pictures.
     """
+    capacity, tiles, words = profile.capacity, profile.tiles, profile.words
     spans: dict[str, Span] = {"batch": ONE, "asked": ONE, CAPACITY: (capacity,) * 3}
-    spans["tiles"] = (1, 1, tiles)
+    # An encoder that knows how tiles are arranged sees all of them at once; else one at a time is usual.
+    together = any(spec.name == ARRANGEMENT for spec in inputs)
+    spans["tiles"] = (1, tiles if together else 1, tiles)
     spans["instruction"] = (1, min(TYPICAL, words), words)
     spans["source"] = (1, min(TYPICAL, capacity), capacity)
+    spans["media"] = (1, picture, profile.media)
+    if any(
+        "tokens" in spec.shape for spec in inputs
+    ):  # media_kv: one picture at a time, its tiles together
+        spans["tiles"], spans["tokens"] = ONE, spans["media"]
     if not any("sequence" in spec.shape for spec in inputs):
         return (_profile(inputs, spans),)
-    longest = min(chunk, capacity)
+    longest = min(profile.chunk, capacity)
     prefill: Span = (1, longest, longest)
     return tuple(_profile(inputs, {**spans, "sequence": span}) for span in (prefill, ONE))
 
