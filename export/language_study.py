@@ -33,12 +33,14 @@ def study(
     quantizer: Callable[[], Quantizer],
     scratch: Path,
     progress: Progress,
+    timed: bool = True,
 ) -> mixed.Study | None:
     """Measure every layer by KL divergence (nats a token) on examples that are held out, and its time: in
     a decode step, or of a part without a cache over a whole example.
 
     Args:
         quantizer: makes the quantizer under study, anew for each graph.
+        timed: as in `mixed.study`.
 
     Returns:
         None where the model is too large to be in memory in both forms.
@@ -58,4 +60,5 @@ def study(
     return mixed.study(
         name, part.build, quantizer, feeds, read, KL, scratch, progress,
         rows=1 if "positions" in inputs else None, frugal=False, seconds=SECONDS, for_size=True,
+        timed=timed,
     )  # fmt: skip

@@ -63,21 +63,31 @@ class Study:
     Attributes:
         board: the part with its switches.
         units: every layer, alone or with those it was measured with; of one kind and shape.
-        times: of every layer, by path.
+        times: of every layer, by path; None where they were not measured, because the engine that will
+            run them is elsewhere.
     """
 
     board: Switchboard
     units: tuple[Unit, ...]
-    times: Mapping[str, Times]
+    times: Mapping[str, Times | None]
     power: int
     for_size: bool = False
 
     def choose(self, budget: float) -> Choice:
         """The assignment of this budget: as few layers in float as it takes, those that add most to
-        the error for each millisecond they save, and those that are not faster."""
-        units = [u for u in self.units if self.for_size or self.times[u.paths[0]].faster]
-        saved = [max(sum(self.times[path].saved for path in u.paths), LITTLE) for u in units]
+        the error for each millisecond they save, and those that are not faster; where no times are
+        known, those that add most to the error."""
+        units = [u for u in self.units if self._worth_it(u.paths[0])]
+        saved = [max(sum(map(self._saved, u.paths)), LITTLE) for u in units]
         return choose(units, saved, self.board.error, budget, self.power)
+
+    def _worth_it(self, path: str) -> bool:
+        times = self.times[path]
+        return self.for_size or times is None or times.faster
+
+    def _saved(self, path: str) -> float:
+        times = self.times[path]
+        return 1.0 if times is None else times.saved
 
     def fit(
         self,
@@ -113,9 +123,9 @@ class Study:
         self, quantized: Collection[str], precision: str, rest: str = "fp32"
     ) -> dict[str, dict[str, Any]]:
         """By layer: `precision` (`rest` where it is not quantized), `error` (of the part's output with
-        only this layer quantized), `ms_float`, `ms_quantized`; `measured_with`, the number of layers
-        that share the error, where it was not measured alone; `reason` of a layer that is not
-        quantized."""
+        only this layer quantized), `ms_float`, `ms_quantized` where it was timed; `measured_with`, the
+        number of layers that share the error, where it was not measured alone; `reason` of a layer that
+        is not quantized."""
         rows: dict[str, dict[str, Any]] = {}
         for unit in self.units:
             for path in unit.paths:
@@ -123,13 +133,14 @@ class Study:
                 rows[path] = {
                     "precision": precision if path in quantized else rest,
                     "error": _short(unit.error),
-                    "ms_float": _short(times.exact),
-                    "ms_quantized": _short(times.quantized),
                 }
+                if times is not None:
+                    rows[path]["ms_float"] = _short(times.exact)
+                    rows[path]["ms_quantized"] = _short(times.quantized)
                 if len(unit.paths) > 1:
                     rows[path]["measured_with"] = len(unit.paths)
                 if path not in quantized:
-                    rows[path]["reason"] = BUDGET if times.faster or self.for_size else NOT_FASTER
+                    rows[path]["reason"] = BUDGET if self._worth_it(path) else NOT_FASTER
         return {path: rows[path] for path in self.times}  # in the part's order
 
 
@@ -146,6 +157,7 @@ def study(
     frugal: bool = True,
     seconds: float | None = None,
     for_size: bool = False,
+    timed: bool = True,
 ) -> Study:
     """Measure every linear layer of a part.
 
@@ -162,6 +174,7 @@ def study(
             its kernels keep activations in float, and packed they round them.
         seconds: to be spent on the errors of layers; None is SECONDS.
         for_size: as in `Study`.
+        timed: measure what each layer takes on this machine.
     """
     path = scratch / f"{name}_switched.onnx"
     graph = switched.write(build, quantizer(), path)
@@ -176,8 +189,8 @@ def study(
     for layer in layers:
         groups.setdefault((kind(layer), shapes[layer]), []).append(layer)
     example = {shape: layer for layer, shape in shapes.items()}
-    times = {}
-    for done, (shape, layer) in enumerate(example.items()):
+    times: dict[Shape, Times] = {}
+    for done, (shape, layer) in enumerate(example.items() if timed else ()):
         times[shape] = layer_times.measure(shape, layer, quantizer(), scratch)
         tick(f"time {name} layers", done + 1, len(example))
     limit = SECONDS if seconds is None else seconds
@@ -190,7 +203,7 @@ def study(
         int(limit / (samples * board.seconds)),
         lambda done, total: tick(f"sensitivity of {name}", done, total),
     )
-    by_layer = {layer: times[shapes[layer]] for layer in layers}
+    by_layer = {layer: times.get(shapes[layer]) for layer in layers}
     return Study(board, tuple(units), by_layer, measure.power, for_size)
 
 

@@ -7,7 +7,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -63,6 +63,7 @@ from vlm_edge.runtime.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 MOST_TILES = 160  # of calibration: beyond, ranges hardly change and each costs a run in float32
 LANGUAGE = {"int4": write_int4, "int8": write_int8, "w8a8": write_w8a8}
+Target = Literal["cpu", "tensorrt", "tensorrt-rtx"]  # what layers are quantized for
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class ExportReport:
             precisions are mixed by measurement, is `mixed.Study.report`.
         peak_rss_anon: bytes, once the source was there; 0 where the system does not say.
         warnings: a sentence for each path that calibration never exercised.
+        target: as asked for.
     """
 
     bundle: Path
@@ -92,6 +94,7 @@ class ExportReport:
     errors: dict[str, dict[str, Any]]
     peak_rss_anon: int
     warnings: list[str]
+    target: Target
 
 
 def export(
@@ -106,6 +109,7 @@ def export(
     budgets: Budgets | None = None,
     cache_dtype: CacheDtype = "float32",
     tiling: OverlapOrder | None = None,
+    target: Target = "cpu",
 ) -> ExportReport:
     """Export a checkpoint.
 
@@ -122,6 +126,8 @@ def export(
         budgets: how far quantization may move the outputs; None is each part's default.
         cache_dtype: of the language model's keys and values; int8 takes a quarter of the memory.
         tiling: overlapping tiles for a model that sees one tile; None leaves the model's own.
+        target: the engine that decides which layers are worth quantizing. What a layer takes on this CPU says
+            nothing of a GPU: for TensorRT layers are quantized by their error alone.
 
     Raises:
         CheckpointError, BundleExists, CalibrationError, SettingError.
@@ -129,6 +135,8 @@ def export(
     begin = time.perf_counter()
     tick: Progress = progress or (lambda step, done, total: None)
     plan, budgets = precision or PrecisionPlan(), budgets or Budgets()
+    if target not in get_args(Target):
+        raise SettingError(f"target = {target!r}; it should be {', '.join(get_args(Target))}")
     if cache_dtype not in get_args(CacheDtype):
         kinds = " or ".join(get_args(CacheDtype))
         raise SettingError(f"cache_dtype = {cache_dtype!r}; it should be {kinds}")
@@ -152,7 +160,7 @@ def export(
             part.build(Float())  # finds missing and misshapen tensors before the long steps
         tick("read checkpoint", 1, 1)
         with writer.new_folder(output) as temporary:
-            steps = _Steps(temporary, tick, windows(model.decoder))
+            steps = _Steps(temporary, tick, windows(model.decoder), target)
             _write_texts(temporary, model, prompt)
             audited = _audit(temporary, model, calibrated, precisions, data)
             if data is not None:
@@ -171,6 +179,7 @@ def export(
         errors=(manifest.calibration or {}).get("parts", {}),
         peak_rss_anon=memory.peak,
         warnings=(manifest.calibration or {}).get("warnings", []),
+        target=target,
     )
 
 
@@ -215,8 +224,14 @@ class _Steps:
     folder: Path
     tick: Progress
     windows: Windows
+    target: Target
     engines: dict[str, EngineEntry] = field(default_factory=dict)
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def timed(self) -> bool:
+        """Is this machine the one that layers are timed for?"""
+        return self.target == "cpu"
 
     def entry(self, name: str, part: Part, precision: Precision) -> None:
         self.engines[name] = EngineEntry(
@@ -277,9 +292,15 @@ def _write_rest(
         decoder=model.decoder,
         generation=GenerationSettings(prompt.eos_token_ids, prompt.repetition_penalty),
         embeddings=embeddings,
-        calibration={**audited, "parts": steps.errors} if steps.errors else None,
+        calibration=_calibration(steps, audited) if steps.errors else None,
     )
     (folder / NAME).write_text(manifest.dump(), encoding="utf-8")
+
+
+def _calibration(steps: _Steps, audited: dict[str, Any]) -> dict[str, Any]:
+    """As the manifest has it; `target` where layers were not timed on this machine."""
+    target = {} if steps.timed else {"target": steps.target}
+    return {**audited, **target, "parts": steps.errors}
 
 
 def _write_calibrated(
@@ -315,7 +336,7 @@ def _write_calibrated(
         for name in language:
             part, kind = model.parts[name], precisions[name]
             steps.errors[name] = LANGUAGE[kind](
-                name, part, read[name], steps.folder, scratch, steps.tick, budgets.kl
+                name, part, read[name], steps.folder, scratch, steps.tick, budgets.kl, steps.timed
             )
             layers = steps.errors[name].get("layers")
             steps.entry(name, part, mixed.precision_of(layers) if layers else kind)
@@ -347,7 +368,7 @@ def _write_images(
         if name in calibrated:
             steps.errors[name] = static.write_int8(
                 name, part, floats, tiles, tried, budgets.max_error, steps.folder, scratch,
-                steps.tick,
+                steps.tick, steps.timed,
             )  # fmt: skip
             steps.entry(name, part, mixed.precision_of(steps.errors[name]["layers"]))
         inputs, tiles = static.handed_on(part, floats.outputs, tiles)

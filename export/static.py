@@ -291,6 +291,7 @@ def write_int8(
     folder: Path,
     scratch: Path,
     progress: Progress,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Write `<name>.onnx` in INT8 with the range method that errs least on the held-out pictures; in
     float the layers that get no faster, and those that the budget has no room for.
@@ -298,6 +299,7 @@ def write_int8(
     Args:
         max_error: largest relative error of the part's output; None is MAX_ERROR, and then a part
             that no layer can be quantized in is written in full precision.
+        timed: as in `mixed.study`.
 
     Returns:
         What the manifest says of it: method, cosine and relative error, those of the other methods
@@ -343,6 +345,7 @@ def write_int8(
         RELATIVE,
         scratch,
         progress,
+        timed=timed,
     )
     choice = study.fit(budget, lambda exact: write(best, exact)["relative_error"])
     if not choice.quantized and choice.least < float("inf") and max_error is not None:

@@ -65,12 +65,14 @@ def write_w8a8(
     scratch: Path,
     progress: Progress,
     budget: float | None = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Write `<name>.onnx` with as many static layers as the budget allows.
 
     Args:
         budget: largest KL divergence to full precision, nats a token; None is BUDGET, and then no
             static layer is the nearest to it.
+        timed: as elsewhere; nothing is timed here.
 
     Returns:
         What the manifest says: KL divergence and top-1 agreement on held-out prompts, the kinds of

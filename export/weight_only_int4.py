@@ -41,6 +41,7 @@ def write_int4(
     scratch: Path,
     progress: Progress,
     budget: float | None = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Write `<name>.onnx` in INT4 by GPTQ, with as much INT8 as the budget asks for.
 
@@ -51,6 +52,7 @@ def write_int4(
     Args:
         budget: largest KL divergence to full precision, nats a token; None is BUDGET, and then the
             nearest that INT8 everywhere comes to it is taken.
+        timed: as in `mixed.study`.
 
     Returns:
         What the manifest says: method, KL divergence and top-1 agreement on held-out prompts, how many
@@ -82,7 +84,9 @@ def write_int4(
 
     studied, int8 = None, frozenset[str]()
     if write(int8) > limit:
-        studied = study(name, part, examples, lambda: quantizer(frozenset()), scratch, progress)
+        studied = study(
+            name, part, examples, lambda: quantizer(frozenset()), scratch, progress, timed
+        )
         if studied is None:
             int8 = _by_kind(paths, limit, write)
         else:

@@ -31,6 +31,7 @@ def write_int8(
     scratch: Path,
     progress: Progress,
     budget: float | None = None,
+    timed: bool = True,
 ) -> dict[str, Any]:
     """Write `<name>.onnx` in INT8, inputs' outlying channels moved into the weights where that errs
     less: engines round activations to int8 too, a scale a block. Layers that the budget has no room
@@ -38,6 +39,7 @@ def write_int8(
 
     Args:
         budget: largest KL divergence to full precision, nats a token; None is BUDGET.
+        timed: as in `mixed.study`.
 
     Returns:
         What the manifest says: method, relative errors of the weights, KL divergence and top-1
@@ -68,7 +70,7 @@ def write_int8(
     best = min(tried, key=lambda method: tried[method]["kl"])
     studied = study(
         name, part, examples, lambda: WeightOnly(8, BLOCK, smoothing=candidates[best]),
-        scratch, progress,
+        scratch, progress, timed,
     )  # fmt: skip
     layers, exact = frozenset[str](), frozenset[str]()
     if studied is not None:

@@ -23,6 +23,7 @@ from vlm_edge.runtime.manifest import EngineEntry, FileEntry
 from vlm_edge.runtime.schema import SchemaError, from_json, to_json
 
 FORMAT = 1
+LOWERING = 1  # raised when vlm-edge makes other graphs for TensorRT of the same bundle
 FloatType = Literal["float16", "float32"]
 
 
@@ -60,6 +61,7 @@ class PlanKey:
         platform: "linux-x86_64".
         graph: sha256 of the portable graph and its weights (`graph_digest`).
         profile: None in a search takes whatever was built last.
+        lowering: how this package makes TensorRT's graph of it.
     """
 
     tensorrt: str
@@ -67,6 +69,7 @@ class PlanKey:
     platform: str
     graph: str
     profile: PlanProfile | None
+    lowering: int = LOWERING
 
     def digest(self) -> str:
         """Hex digits that name the plan's files."""

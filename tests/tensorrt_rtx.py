@@ -1,101 +1,103 @@
-"""TensorRT-RTX as tests use it: parse and build on a machine without a GPU, and read the layer dump.
+"""What the TensorRT gate builds: tiny models of every architecture, and how a graph of them is built.
 
-Needs requirements/tensorrt-rtx.txt. A plan cannot be loaded without a GPU, so what became of the graph
-is read from the builder's own log, where it writes the layers it compiled.
+Needs requirements/tensorrt-rtx.txt; a plan cannot be loaded without a GPU, so what became of a graph is
+read from the list of layers in the builder's log.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from vlm_edge.export.lowering.tensorrt import Profile
+import onnx_ir as ir
+import pytest
+import tiny
+from tiny_blip2 import build_blip
+from tiny_idefics import build_idefics
+from tiny_mllama import build_mllama
+from tiny_open_flamingo import build_open_flamingo
+from tiny_smolvlm import build_smol
+
+from vlm_edge.export.lowering import tensorrt
+from vlm_edge.export.tensorrt.api import BuildSettings, Built, TensorRT
+from vlm_edge.export.tensorrt.layers import promised
+from vlm_edge.runtime.manifest import TensorSpec
+from vlm_edge.runtime.plans import PlanProfile
+
+needs_tensorrt = pytest.mark.skipif(
+    find_spec("tensorrt_rtx_bindings") is None,
+    reason="TensorRT-RTX is not installed (requirements/tensorrt-rtx.txt)",
+)
+TARGETS = ("8.6", "12.0")  # Ampere cards, the desktop relatives of Jetson Orin; Blackwell cards
+
+# By architecture, cases of the tiny checkpoints, and what makes them.
+Make = Callable[[str, Path], Path]
+GATE: dict[str, tuple[Make, tuple[str, ...]]] = {
+    # GQA and scaled RoPE; MQA and a width of 40; biases everywhere; a window; dynamic RoPE; tied weights,
+    # biases and two masks; MQA tied as the demo model; SwiGLU and joined layers.
+    "llava": (tiny.build, (
+        "clip-llama-v4", "clip-llama-native", "clip-llama-biases", "clip-mistral-window",
+        "clip-padded-square", "siglip-qwen2", "dinov2-llama", "dinov2-swiglu")),
+    "llava_next": (tiny.build, ("next-clip-mistral",)),
+    "smolvlm": (build_smol, ("smolvlm", "idefics3-factor3")),
+    "blip2": (build_blip, ("blip2-opt", "blip2-opt-projection", "blip2-t5", "blip2-t5-plain")),
+    "instructblip": (build_blip, ("instructblip-vicuna",)),
+    "idefics": (build_idefics, ("idefics", "idefics-plain")),  # with a resampler and without
+    "open_flamingo": (build_open_flamingo, ("llama", "gpt_neox", "mpt", "mpt-clip")),
+    "mllama": (build_mllama, ("mllama", "mllama-native")),
+}  # fmt: skip
+CASES = [case for _, cases in GATE.values() for case in cases]
+
+
+def build_case(case: str, folder: Path) -> Path:
+    """The tiny checkpoint of a case."""
+    (make,) = (make for make, cases in GATE.values() if case in cases)
+    return make(case, folder)
+
+
+def profile(**differences: object) -> PlanProfile:
+    """Room for a tiny model."""
+    sizes = {"float_type": "float16", "capacity": 48, "chunk": 16, "tiles": 3, "words": 20}
+    return PlanProfile(**{**sizes, **differences})  # type: ignore[arg-type]  # by name
 
 
 @dataclass(frozen=True)
-class Built:
-    """What became of a graph.
+class Gate:
+    """An engine as the gate built it.
 
     Attributes:
-        size: of the plan, bytes.
-        int8_products: names of the graph's nodes whose matrix product multiplies INT8 by INT8.
-        dtypes: of all tensors of the engine, as it calls them ("Float", "Int8", "Int4").
+        graph: the lowered one.
+        promised: names of its products of INT8 by INT8.
     """
 
-    size: int
-    int8_products: frozenset[str]
-    dtypes: frozenset[str]
+    graph: Path
+    built: Built
+    promised: frozenset[str]
+
+    def stores(self, dtype: ir.DataType) -> bool:
+        """Has the graph a weight of this type?"""
+        values = ir.load(self.graph).graph.initializers.values()
+        return any(value.dtype == dtype for value in values)
 
 
-class Refused(Exception):
-    """TensorRT does not parse or build the graph; its own words."""
+def build(
+    trt: TensorRT,
+    portable: Path,
+    inputs: Sequence[TensorSpec],
+    folder: Path,
+    room: PlanProfile,
+    picture: int = 1,
+    targets: tuple[str, ...] = TARGETS,
+) -> Gate:
+    """Lower into `folder` and build, one plan for all `targets`.
 
-
-class Builder:
-    """One TensorRT builder, for the GPU generation of the Jetson Orin's desktop relatives (8.6)."""
-
-    def __init__(self) -> None:
-        import tensorrt_rtx_bindings as trt
-
-        class Log(trt.ILogger):  # type: ignore[misc]  # the bindings have no types
-            def __init__(self) -> None:
-                super().__init__()
-                self.errors: list[str] = []
-                self.layers = ""
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity <= trt.ILogger.ERROR:
-                    self.errors.append(message)
-                if message.startswith("Layers:"):
-                    self.layers = message
-
-        self._trt, self._log = trt, Log()
-        self._builder = trt.Builder(self._log)
-
-    def build(self, graph: Path, profiles: tuple[Profile, ...]) -> Built:
-        """Parse and build `graph`, strongly typed: every precision is the graph's own.
-
-        Raises:
-            Refused: it cannot be.
-        """
-        trt, log, builder = self._trt, self._log, self._builder
-        log.errors, log.layers = [], ""
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)
-        if not parser.parse_from_file(str(graph)):
-            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-            raise Refused(f"parse: {'; '.join(errors)}")
-        for index in range(network.num_layers):
-            layer = network.get_layer(index)
-            if layer.type == trt.LayerType.ATTENTION_INPUT:
-                layer.__class__ = trt.IAttentionInputLayer  # how its own samples cast a layer
-                layer.attention.decomposable = True  # float32 has no fused kernel
-        config = builder.create_builder_config()
-        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(trt.ComputeCapability.SM86, 0)
-        for shapes in profiles:
-            profile = builder.create_optimization_profile()
-            for name, span in shapes.items():
-                profile.set_shape(name, *span)
-            config.add_optimization_profile(profile)
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise Refused(f"build: {'; '.join(log.errors)}")
-        return Built(plan.nbytes, _int8_products(log.layers), frozenset(_dtypes(log.layers)))
-
-
-def _int8_products(layers: str) -> frozenset[str]:
-    names: set[str] = set()
-    for line in layers.splitlines():
-        if "LayerType: gemm" in line:
-            factors, _, rest = line.partition("Outputs:")
-            if _dtypes(factors)[:2] == ["Int8", "Int8"]:
-                names |= set(re.findall(r"\[ONNX Layer: ([^]]+)\]", rest))
-    return frozenset(names)
-
-
-def _dtypes(text: str) -> list[str]:
-    return re.findall(r"Datatype: (\w+)", text)
+    Raises:
+        BuildFailed: TensorRT refuses it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    graph = tensorrt.lower(portable, folder, room)
+    settings = BuildSettings(tensorrt.profiles(inputs, room, picture), targets)
+    built = trt.build(portable.stem, graph, settings)
+    return Gate(graph, built, promised(ir.load(graph).graph))

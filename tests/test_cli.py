@@ -270,7 +270,7 @@ def test_run_streams_the_answer_to_stdout(stub: Stub) -> None:
     result = vlm("run", "b", "a.png", "c.png", "-p", "what?", "--threads", "2")
     assert result.exit_code == 0
     assert result.stdout == "a red circle\n"
-    assert stub.calls[0] == ("load", "b", {"device": "cpu", "threads": 2})
+    assert stub.calls[0] == ("load", "b", {"device": "cpu", "threads": 2, "plans": None})
     assert stub.asked() == [("what?", ("a.png", "c.png"))]
     assert stub.closed
 

@@ -23,6 +23,7 @@ OTHER = {
     "platform": "linux-x86_64",
     "graph": "b" * 64,
     "profile": dataclasses.replace(PROFILE, capacity=512),
+    "lowering": 0,
 }
 
 

@@ -1,40 +1,37 @@
-"""The bundle stays portable: TensorRT-RTX parses and builds its graphs in every precision, without a GPU.
+"""The gate without a GPU: TensorRT-RTX parses and builds every engine of every architecture, in float16,
+INT8 and INT4, for two generations of GPUs; and what is quantized in the graph is quantized in the engine.
 
-Vision encoders and connectors are built from the portable graph itself; language models after
-`export/lowering/tensorrt.py`, which is exact (below).
+This is TensorRT-RTX on a machine without a GPU, not Jetson's TensorRT (docs/tensorrt.md).
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from conftest import Cache
 from small_graph import run, write
-from tensorrt_rtx import Builder, Refused
-from tiny import CASES, Tiny, build
+from tensorrt_rtx import CASES, GATE, TARGETS, Gate, build, build_case, needs_tensorrt, profile
+from tiny import CASES as LLAVA_CASES
+from tiny import Tiny
+from tiny import build as build_llava
 
-from vlm_edge.errors import EngineFailure, SettingError
+from vlm_edge.errors import BuildFailed, EngineFailure
 from vlm_edge.export.lowering import tensorrt
+from vlm_edge.export.parts import ARRANGEMENT
+from vlm_edge.export.pipeline import export
+from vlm_edge.export.precision import PrecisionPlan
+from vlm_edge.export.tensorrt.api import BuildSettings, TensorRT
+from vlm_edge.runtime.engine import LANGUAGE
 from vlm_edge.runtime.feeds import prefill_feeds
 from vlm_edge.runtime.manifest import Manifest, TensorSpec, read_manifest
-
-needs_tensorrt = pytest.mark.skipif(
-    find_spec("tensorrt_rtx_bindings") is None,
-    reason="TensorRT-RTX is not installed (requirements/tensorrt-rtx.txt)",
-)
-# GQA and scaled RoPE; MQA and a width of 40; biases everywhere; a window; tied weights, biases and two
-# masks; dynamic RoPE; MQA tied as the demo model; SwiGLU and joined layers.
-BUILT = [
-    "clip-llama-v4", "clip-llama-native", "clip-llama-biases", "clip-mistral-window", "siglip-qwen2",
-    "clip-padded-square", "dinov2-llama", "dinov2-swiglu",
-]  # fmt: skip
-CAPACITY, CHUNK, TILES = 48, 16, 3
+from vlm_edge.runtime.trt import picture_positions
 
 # One layer of each part in the widths of real models: CLIP ViT-L/14 and Qwen2-0.5B.
 REAL = Tiny(
@@ -48,98 +45,149 @@ REAL = Tiny(
 
 
 @pytest.fixture(scope="module")
-def builder() -> Builder:
-    return Builder()
+def trt() -> TensorRT:
+    return TensorRT("tensorrt-rtx")
 
 
-def lowered(folder: Path, part: str, capacity: int, tmp_path: Path) -> Path:
-    """The graph TensorRT builds: the lowered one in a copy of the bundle, or the portable one."""
-    copy = tmp_path / f"{folder.name}-{part}"
-    copy.mkdir()
-    for name in (f"{part}.onnx", f"{part}.data"):
-        shutil.copy(folder / name, copy)
-    name = tensorrt.lower(copy / f"{part}.onnx", capacity)
-    assert (name is None) == (part != "llm"), "only language models are rewritten"
-    return copy / (name or f"{part}.onnx")
+@pytest.fixture(scope="module")
+def bundles(
+    tmp_path_factory: pytest.TempPathFactory, bundle: Callable[..., Path]
+) -> Callable[..., Path]:
+    """bundles(case, precision) -> folder; the other tests' where they have the same."""
+    root = tmp_path_factory.mktemp("gate")
+    checkpoints = Cache(lambda case: build_case(case, root / case))
+
+    def make(case: str, precision: str) -> Path:
+        if case in (*GATE["llava"][1], *GATE["llava_next"][1]):
+            return bundle(case, precision)
+        folder = root / f"{case}-{precision}"
+        export(checkpoints(case), folder, precision=PrecisionPlan.uniform(precision))
+        return folder
+
+    return Cache(make)
 
 
-def build_part(builder: Builder, folder: Path, part: str, tmp_path: Path) -> None:
-    """Build it and check that what is quantized in the graph is quantized in the engine."""
-    entry = read_manifest(folder).engines[part]
-    graph = lowered(folder, part, CAPACITY, tmp_path)
-    shapes = tensorrt.profiles(entry.inputs, CAPACITY, CHUNK, TILES)
-    built = builder.build(graph, shapes)
-    assert built.size > 0
-    stored = {value.dtype for value in ir.load(graph).graph.initializers.values()}
-    assert ("Int4" in built.dtypes) == (ir.DataType.INT4 in stored)
-    assert ("Int8" in built.dtypes) == (ir.DataType.INT8 in stored)
-    assert built.int8_products >= static_products(graph)
-    assert bool(static_products(graph)) == (entry.precision == "int8" and part != "llm")
+def build_part(
+    trt: TensorRT,
+    folder: Path,
+    part: str,
+    tmp_path: Path,
+    targets: tuple[str, ...] = TARGETS,
+    **room: Any,
+) -> Gate:
+    """Build an engine of a bundle, and check that what is quantized in the graph is so in the engine."""
+    manifest = read_manifest(folder)
+    entry, decoder = manifest.engines[part], manifest.decoder
+    picture = picture_positions(manifest.tiling)
+    if decoder.media is not None:
+        room["media"] = 2 * picture
+    if not decoder.chunked_prefill:
+        room["chunk"] = profile(**room).capacity
+    place = tmp_path / f"{folder.name}-{part}-{'-'.join(targets)}"
+    gate = build(trt, folder / entry.graph, entry.inputs, place, profile(**room), picture, targets)
+    assert gate.built.plan.nbytes > 0
+    for dtype, name in ((ir.DataType.INT8, "Int8"), (ir.DataType.INT4, "Int4")):
+        assert (name in gate.built.dtypes) == gate.stores(dtype)
+    assert gate.built.int8_products >= gate.promised
+    assert len(gate.promised) == promised_layers(manifest, part)
+    return gate
 
 
-def static_products(graph: Path) -> set[str | None]:
-    """Names of the products of two dequantized factors: the W8A8 linear layers."""
-
-    def dequantized(value: ir.Value | None) -> bool:
-        producer = None if value is None else value.producer()
-        return producer is not None and producer.op_type == "DequantizeLinear"
-
-    nodes = ir.load(graph).graph
-    return {n.name for n in nodes if n.op_type == "MatMul" and all(map(dequantized, n.inputs))}
+def promised_layers(manifest: Manifest, part: str) -> int:
+    """Layers that the manifest says are W8A8; a language model's INT8 is of its weights alone."""
+    if part in LANGUAGE or manifest.calibration is None:
+        return 0
+    layers = manifest.calibration["parts"][part]["layers"].values()
+    return sum(layer["precision"] == "int8" for layer in layers)
 
 
 @needs_tensorrt
-@pytest.mark.parametrize("case", BUILT)
+@pytest.mark.parametrize("case", CASES)
+def test_full_precision_builds_in_float16(
+    case: str, trt: TensorRT, bundles: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = bundles(case, "fp32")
+    for part in read_manifest(folder).engines:
+        assert "Half" in build_part(trt, folder, part, tmp_path).built.dtypes
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("case", CASES)
 def test_int8_builds(
-    case: str, builder: Builder, bundle: Callable[..., Path], tmp_path: Path
+    case: str, trt: TensorRT, bundles: Callable[..., Path], tmp_path: Path
 ) -> None:
-    for part in ("vision", "connector", "llm"):
-        build_part(builder, bundle(case, "int8"), part, tmp_path)
+    folder = bundles(case, "int8")
+    for part, entry in read_manifest(folder).engines.items():
+        gate = build_part(trt, folder, part, tmp_path)
+        assert entry.precision == "int8" and gate.stores(ir.DataType.INT8)
+        assert bool(gate.promised) == (part not in LANGUAGE)
 
 
 @needs_tensorrt
-@pytest.mark.parametrize("case", BUILT)
+@pytest.mark.parametrize("case", CASES)
 def test_int4_builds(
-    case: str, builder: Builder, bundle: Callable[..., Path], tmp_path: Path
+    case: str, trt: TensorRT, bundles: Callable[..., Path], tmp_path: Path
 ) -> None:
-    build_part(builder, bundle(case, "int4"), "llm", tmp_path)  # the other parts are INT8's
+    folder = bundles(case, "int4")
+    for part in set(LANGUAGE) & read_manifest(folder).engines.keys():  # the others are INT8's
+        assert build_part(trt, folder, part, tmp_path).stores(ir.DataType.INT4)
 
 
 @needs_tensorrt
-@pytest.mark.parametrize("case", ["clip-llama-biases", "siglip-qwen2", "dinov2-swiglu"])
-def test_full_precision_builds(
-    case: str, builder: Builder, bundle: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("precision", ["fp32", "int4"])  # under INT4 other parts are in INT8
+@pytest.mark.parametrize("case", ["clip-llama-biases", "blip2-t5", "idefics", "mllama"])
+def test_the_rest_may_compute_in_float32(
+    case: str, precision: str, trt: TensorRT, bundles: Callable[..., Path], tmp_path: Path
 ) -> None:
-    for part in ("vision", "connector", "llm"):
-        build_part(builder, bundle(case), part, tmp_path)
+    folder = bundles(case, precision)
+    for part in read_manifest(folder).engines:
+        built = build_part(trt, folder, part, tmp_path, float_type="float32").built
+        assert "Half" not in built.dtypes and "Float" in built.dtypes
 
 
 @needs_tensorrt
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_layers_of_real_width_build(precision: str, builder: Builder, tmp_path: Path) -> None:
-    from vlm_edge.export.pipeline import export
-    from vlm_edge.export.precision import PrecisionPlan
+def test_layers_of_real_width_build(
+    precision: str, target: str, trt: TensorRT, real: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """For each target alone: what the gate builds for both at once is no compromise."""
+    folder = real(precision)
+    for part in ("vision", "connector", "llm") if precision == "int8" else ("llm",):
+        build_part(trt, folder, part, tmp_path, (target,))
 
-    checkpoint = build("real-width", tmp_path / "checkpoint", REAL)
-    folder = tmp_path / "bundle"
-    export(checkpoint, folder, precision=PrecisionPlan.uniform(precision))
-    for part in ("vision", "connector", "llm"):
-        build_part(builder, folder, part, tmp_path)
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("real")
+    checkpoint = Cache(lambda: build_llava("real-width", root / "checkpoint", REAL))
+
+    def make(precision: str) -> Path:
+        plan = (
+            PrecisionPlan(parts={"llm": "int4"}) if precision == "int4" else PrecisionPlan("int8")
+        )
+        export(checkpoint(), root / precision, precision=plan)
+        return root / precision
+
+    return Cache(make)
 
 
 @needs_tensorrt
-def test_a_refusal_is_seen(builder: Builder, tmp_path: Path) -> None:
-    """The portable language model has a symbolic capacity: were refusals lost, all above would pass."""
-    spec = ("float32", (1, 2, "capacity", 4))
+def test_a_refusal_names_operator_and_layer(trt: TensorRT, tmp_path: Path) -> None:
+    """A symbolic capacity, as the portable graph has: were refusals lost, all above would pass."""
+    spec = ("float32", (1, 2, "room", 4))
     graph = write(
         tmp_path / "cache.onnx",
         lambda op, x: [op.TensorScatter(x["past"], x["new"], x["at"], axis=2)],
         {"past": spec, "new": ("float32", (1, 2, 3, 4)), "at": ("int64", (1,))},
         {"present": spec},
     )
+    name = next(node.name for node in ir.load(graph).graph if node.op_type == "TensorScatter")
     shape = (1, 2, 8, 4)
-    with pytest.raises(Refused, match="static"):
-        builder.build(graph, ({"past": (shape,) * 3},))
+    with pytest.raises(
+        BuildFailed, match=f"did not build llm: operator TensorScatter of {name}: .*static"
+    ):
+        trt.build("llm", graph, BuildSettings(({"past": (shape,) * 3},), ("8.6",)))
 
 
 # -- the lowering itself, which needs no TensorRT ---------------------------------------------
@@ -162,12 +210,15 @@ def llm_feeds(manifest: Manifest, count: int, capacity: int) -> dict[str, np.nda
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", LLAVA_CASES)
 def test_the_lowered_language_model_gives_the_same_values(
     case: str, precision: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = bundle(case, precision)
-    graph = lowered(folder, "llm", 23, tmp_path)
+    shutil.copy(folder / "llm.data", tmp_path)  # the checker mistrusts links
+    graph = tensorrt.lower(
+        folder / "llm.onnx", tmp_path, profile(capacity=23, float_type="float32")
+    )
     onnx.checker.check_model(str(graph), full_check=True)
     feeds = llm_feeds(read_manifest(folder), 13, 23)
     # ONNX Runtime's blockwise kernel would round the activations too; level 1 is float32.
@@ -180,23 +231,19 @@ def test_the_lowered_language_model_gives_the_same_values(
 def test_no_symbolic_capacity_and_no_copy_of_the_weights(
     bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    graph = lowered(bundle("siglip-qwen2", "int8"), "llm", 23, tmp_path)
-    assert not any(graph.parent.glob("*.tensorrt.data"))
+    folder = bundle("siglip-qwen2", "int8")
+    before = sorted(path.name for path in folder.iterdir())
+    graph = tensorrt.lower(
+        folder / "llm.onnx", tmp_path, profile(capacity=23, float_type="float32")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llm.data", "llm.onnx"]
+    assert (tmp_path / "llm.data").is_symlink()
+    assert (tmp_path / "llm.data").samefile(folder / "llm.data")
+    assert sorted(path.name for path in folder.iterdir()) == before
     model = ir.load(graph)
     values = [*model.graph.inputs, *model.graph.outputs]
     dims = {str(d) for value in values for d in value.shape or ()}
     assert "capacity" not in dims and {"batch", "sequence", "asked", "23"} <= dims
-    onnx.checker.check_model(str(graph), full_check=True)
-
-
-@pytest.mark.parametrize("part", ["vision", "connector"])
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_other_parts_are_built_as_they_are(
-    part: str, precision: str, bundle: Callable[..., Path], tmp_path: Path
-) -> None:
-    graph = lowered(bundle("clip-llama", precision), part, 8, tmp_path)
-    assert graph.name == f"{part}.onnx"
-    assert not any(graph.parent.glob("*tensorrt*"))
 
 
 def test_profiles_cover_prefill_and_decode() -> None:
@@ -205,25 +252,29 @@ def test_profiles_cover_prefill_and_decode() -> None:
         TensorSpec("attention_mask", "float32", ("batch", 1, "sequence", "capacity")),
         TensorSpec("past.key.0", "float32", ("batch", 2, "capacity", 3)),
     ]
-    prefill, decode = tensorrt.profiles(inputs, capacity=40, chunk=16)
+    prefill, decode = tensorrt.profiles(inputs, profile(capacity=40))
     assert prefill["inputs_embeds"] == ((1, 1, 6), (1, 16, 6), (1, 16, 6))
     assert prefill["attention_mask"] == ((1, 1, 1, 40), (1, 1, 16, 40), (1, 1, 16, 40))
     assert decode["inputs_embeds"] == ((1, 1, 6),) * 3
     assert prefill["past.key.0"] == decode["past.key.0"] == ((1, 2, 40, 3),) * 3
-    (short, _) = tensorrt.profiles(inputs, capacity=5, chunk=16)
-    assert short["inputs_embeds"][2] == (
-        1,
-        5,
-        6,
-    )  # never more positions than the cache has room for
+    (short, _) = tensorrt.profiles(inputs, profile(capacity=5))
+    assert short["inputs_embeds"][2] == (1, 5, 6)  # never more than the cache has room for
+
+
+def test_profiles_of_what_sees_pictures() -> None:
     pixels = TensorSpec("pixel_values", "float32", ("tiles", 3, 8, 8))
-    (tiles,) = tensorrt.profiles([pixels], capacity=5, chunk=16, tiles=7)
+    room = profile(tiles=7, media=30)
+    (tiles,) = tensorrt.profiles([pixels], room)
     assert tiles == {"pixel_values": ((1, 3, 8, 8), (1, 3, 8, 8), (7, 3, 8, 8))}
-
-
-def test_capacity_must_be_a_size(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="at least 1"):
-        tensorrt.lower(tmp_path / "llm.onnx", 0)
+    (together,) = tensorrt.profiles([pixels, ARRANGEMENT], room)  # all of a picture at once
+    assert together["pixel_values"] == ((1, 3, 8, 8), (7, 3, 8, 8), (7, 3, 8, 8))
+    assert together["aspect_ratio_id"] == ((1,),) * 3
+    features = TensorSpec("image_features", "float32", ("tiles", "tokens", 6))
+    (media,) = tensorrt.profiles([features], room, picture=10)  # one picture at a time
+    assert media == {"image_features": ((1, 1, 6), (1, 10, 6), (1, 30, 6))}
+    keys = TensorSpec("media.key.0", "float32", ("batch", 2, "media", 3))
+    (attended,) = tensorrt.profiles([keys], room, picture=10)
+    assert attended == {"media.key.0": ((1, 2, 1, 3), (1, 2, 10, 3), (1, 2, 30, 3))}
 
 
 def odd_int4(path: Path) -> Path:
@@ -238,11 +289,11 @@ def odd_int4(path: Path) -> Path:
 
 def test_odd_int4_weights_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(EngineFailure, match=r"35 x 33 .*weight.*export int8"):
-        tensorrt.lower(odd_int4(tmp_path / "odd.onnx"), 8)
+        tensorrt.lower(odd_int4(tmp_path / "odd.onnx"), tmp_path / "lowered", profile())
 
 
 @needs_tensorrt
-def test_odd_int4_weights_are_what_tensorrt_refuses(builder: Builder, tmp_path: Path) -> None:
+def test_odd_int4_weights_are_what_tensorrt_refuses(trt: TensorRT, tmp_path: Path) -> None:
     graph = odd_int4(tmp_path / "odd.onnx")
-    with pytest.raises(Refused, match="odd tensor volume"):
-        builder.build(graph, ({"x": ((1, 35), (1, 35), (4, 35))},))
+    with pytest.raises(BuildFailed, match="odd tensor volume"):
+        trt.build("odd", graph, BuildSettings(({"x": ((1, 35), (1, 35), (4, 35))},), ("8.6",)))

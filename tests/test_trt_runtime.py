@@ -237,7 +237,9 @@ def test_an_answer_without_room_is_refused_before_it_begins(
         read = 1 if family == "tiny_blip2" else count  # by the decoder, an encoder's prompt is not
         most = 24 - read + 1
         before = len(here.gpu.calls)
-        with pytest.raises(CapacityExceeded, match=rf"{most + 1} new ones takes 25, .*--capacity 25"):
+        with pytest.raises(
+            CapacityExceeded, match=rf"{most + 1} new ones takes 25, .*--capacity 25"
+        ):
             vlm.stream(**ask, max_new_tokens=most + 1)
         assert len(here.gpu.calls) == before
         assert len(vlm.generate(**ask, max_new_tokens=most).token_ids) == most

@@ -11,16 +11,17 @@ from vlm_edge.cli import layers, options
 from vlm_edge.cli.guard import Command
 
 if TYPE_CHECKING:
-    from vlm_edge.export.pipeline import ExportReport
+    from vlm_edge.export.pipeline import ExportReport, Target
     from vlm_edge.export.precision import PrecisionPlan
     from vlm_edge.runtime.manifest import CacheDtype
     from vlm_edge.runtime.tiling.settings import Merge
 
 DEMO_ARCH = "llava"
-# As export/static.py, runtime/manifest.py and runtime/tiling have them (tests say so); importing them
-# here would slow every command's start.
+# As export/static.py, export/pipeline.py, runtime/manifest.py and runtime/tiling have them (tests say so);
+# importing them here would slow every command's start.
 CACHES = ("float32", "int8")
 MERGES = ("crop", "average", "keep")
+TARGETS = ("cpu", "tensorrt", "tensorrt-rtx")
 METHODS = ("auto", "minmax", "average", "percentile", "entropy", "mse", "smooth-65", "smooth-80")
 
 
@@ -100,6 +101,15 @@ METHODS = ("auto", "minmax", "average", "percentile", "entropy", "mse", "smooth-
     help="With --tiling: a place that several tiles show has the token of the tile it lies deepest in "
     "(crop), the mean of all (average), or all of them (keep).  [default: crop]",
 )
+@click.option(
+    "--target",
+    type=click.Choice(TARGETS),
+    default="cpu",
+    show_default=True,
+    help="The engine that layers are quantized for; for TensorRT by their errors alone, and its engines "
+    "are built too, as by `vlm build`.",
+)
+@options.compute_capability
 @click.option("--revision", help="Branch, tag or commit of a Hub repository.")
 def export(
     source: str | None,
@@ -116,6 +126,8 @@ def export(
     tiling: str | None,
     overlap: float | None,
     merge: Merge | None,
+    target: Target,
+    compute_capability: str | None,
     revision: str | None,
 ) -> None:
     """Export SOURCE to a bundle: one engine per part, tokenizer and manifest.
@@ -132,6 +144,9 @@ def export(
     if tiling is None and (overlap is not None or merge is not None):
         raise click.UsageError("--overlap and --merge belong to --tiling: give it too, such as 2x2")
 
+    if target == "cpu" and compute_capability is not None:
+        raise click.UsageError("--compute-capability belongs to --target tensorrt or tensorrt-rtx")
+
     from vlm_edge.export.pipeline import export as export_bundle
     from vlm_edge.export.precision import Budgets, PrecisionPlan
     from vlm_edge.export.tiling import MERGE, OVERLAP, OverlapOrder
@@ -140,6 +155,10 @@ def export(
     order = None if tiling is None else OverlapOrder.parse(tiling, share, merge or MERGE)
     uniform = PrecisionPlan.uniform("int8" if int8 else "int4" if int4 else "fp32")
     plan = PrecisionPlan.parse(precision) if precision is not None else uniform
+    if target != "cpu":
+        from vlm_edge.export.tensorrt.build import find_target
+
+        find_target(target, compute_capability)  # before the long steps
     with options.progress_bars() as progress:
         report = export_bundle(
             source,
@@ -153,8 +172,13 @@ def export(
             budgets=Budgets(max_error, budget),
             cache_dtype=kv_cache,
             tiling=order,
+            target=target,
         )
     show(report)
+    if target != "cpu":
+        from vlm_edge.cli import build
+
+        build.run(report.bundle, target, compute_capability)
 
 
 def default_output(source: str | None, arch: str | None, plan: PrecisionPlan) -> Path:
@@ -192,6 +216,8 @@ def show(report: ExportReport) -> None:
     console.print(table)
     if any(found.get("layers") for found in report.errors.values()):
         console.print(layers.by_kind(report.errors))
+        if report.target != "cpu":
+            console.print(layers.untimed(report.target))
     if report.tiling.kind == "overlap":
         console.print(f"tiling: {sentence(report.tiling)}")
     memory = f", {report.peak_rss_anon / 1e6:,.0f} MB of memory" if report.peak_rss_anon else ""

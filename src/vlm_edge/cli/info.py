@@ -72,6 +72,7 @@ def info(
         drawing = f"{tiling.sentences(plan, unlimited)}\n\n{draw(plan, manifest.image)}"
     parts = (manifest.calibration or {}).get("parts", {})
     if layers:
+        facts["measured_for"] = (manifest.calibration or {}).get("target", "cpu")
         facts["measured"] = {name: part.get("layers", {}) for name, part in parts.items()}
     if as_json:
         click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
@@ -81,6 +82,8 @@ def info(
         click.echo(f"\n{drawing}")
     if layers and any(facts["measured"].values()):
         options.console().print(tables.one_by_one(parts))
+        if facts["measured_for"] != "cpu":
+            click.echo(tables.untimed(facts["measured_for"]))
     elif layers:
         click.echo("No layer was measured: nothing is quantized, or its weights only.")
 

@@ -54,11 +54,21 @@ def one_by_one(parts: Parts) -> Table:
                 f"{part} {'.'.join(filter(None, place(path)))}",
                 layer["precision"],
                 error if together == 1 else f"{error} with {together - 1} more",
-                *(f"{layer[key]:.3g}" for key in ("ms_float", "ms_quantized")),
+                *(
+                    f"{layer[key]:.3g}" if key in layer else ""
+                    for key in ("ms_float", "ms_quantized")
+                ),
                 layer.get("reason", ""),
             )
         table.add_section()
     return table
+
+
+def untimed(target: str) -> str:
+    """The sentence for layers that were quantized for an engine that is elsewhere."""
+    return (
+        f"Quantized for {target}, by their errors alone: what layers take there was not measured."
+    )
 
 
 def place(path: str) -> tuple[str, str]:
@@ -87,8 +97,11 @@ def _stored(layers: Layers) -> str:
 
 
 def _times(layers: Layers) -> tuple[str, str]:
-    """Milliseconds of all layers in float, and in the precision each of them has."""
+    """Milliseconds of all layers in float, and in the precision each of them has; nothing where they were
+    not timed."""
     rows = layers.values()
+    if not all("ms_float" in row for row in rows):
+        return "", ""
     exact = sum(row["ms_float"] for row in rows)
     written = sum(row["ms_float" if row["precision"] == "fp32" else "ms_quantized"] for row in rows)
     return f"{exact:.2f}", f"{written:.2f}"

@@ -10,13 +10,15 @@ import click
 
 from vlm_edge import __version__
 from vlm_edge.cli.bench import bench
+from vlm_edge.cli.build import build
 from vlm_edge.cli.export import export
 from vlm_edge.cli.guard import INTERRUPTED, Command, Group
 from vlm_edge.cli.info import info
+from vlm_edge.cli.plan import plan
 from vlm_edge.cli.run import run
 from vlm_edge.cli.verify import verify
 
-COMMANDS: tuple[Command, ...] = (export, run, bench, verify, info)
+COMMANDS: tuple[Command, ...] = (export, plan, build, run, bench, verify, info)
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -24,7 +26,7 @@ COMMANDS: tuple[Command, ...] = (export, run, bench, verify, info)
 def cli() -> None:
     """Vision-language models from their checkpoint to the device.
 
-    A checkpoint is exported to a bundle; a bundle is run, measured and verified.
+    A checkpoint is exported to a bundle; a bundle is run, measured and verified, and built for TensorRT.
     """
 
 

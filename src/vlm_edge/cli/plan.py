@@ -1,0 +1,103 @@
+"""`vlm plan`: the memory that a bundle's TensorRT engines will take, before anything is built."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vlm_edge.cli import options
+from vlm_edge.cli.build import FLOATS
+from vlm_edge.cli.guard import Command
+
+if TYPE_CHECKING:
+    from vlm_edge.export.tensorrt.planner import Memory
+    from vlm_edge.runtime.plans import FloatType
+
+
+@click.command(cls=Command, short_help="Estimate what a bundle's TensorRT engines take.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--board",
+    metavar="NAME",
+    help="Refuse what a board such as orin-nano-8gb does not hold.  [default: this machine's free memory]",
+)
+@click.option("--capacity", type=click.IntRange(min=1), metavar="N", help="As of `vlm build`.")
+@click.option("--chunk", type=click.IntRange(min=1), metavar="N", help="As of `vlm build`.")
+@click.option("--tiles", type=click.IntRange(min=1), metavar="N", help="As of `vlm build`.")
+@click.option("--images", type=click.IntRange(min=1), metavar="N", help="As of `vlm build`.")
+@click.option(
+    "--float",
+    "float_type",
+    type=click.Choice(FLOATS),
+    default="float16",
+    show_default=True,
+    help="What is not quantized computes in.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def plan(
+    bundle: Path, board: str | None, as_json: bool, float_type: FloatType, **sizes: Any
+) -> None:
+    """Say what BUNDLE's TensorRT engines take of a device's memory, running and while they are built.
+
+    The figures are estimates from above, from the graphs alone; nothing is built. What does not fit is
+    an error that names the largest part.
+    """
+    from vlm_edge.export.tensorrt import memory, planner
+    from vlm_edge.export.tensorrt.build import BuildOptions, profile_of
+    from vlm_edge.runtime.manifest import read_manifest
+
+    manifest = read_manifest(bundle)
+    free = memory.available() if board is None else planner.budget(board)
+    profile = profile_of(manifest, BuildOptions(float_type=float_type, **sizes))
+    found = planner.estimate(bundle, manifest, profile)
+    if as_json:
+        click.echo(json.dumps(facts(found, free, board), indent=1))
+    else:
+        show(found, free, board, str(profile))
+    planner.check(found, free, board or "this machine")
+
+
+def facts(found: Memory, free: int, board: str | None) -> dict[str, Any]:
+    """What `--json` prints; sizes in bytes."""
+    engines = {
+        e.name: {"weights": e.weights, "activations": e.activations, "building": e.building}
+        for e in found.engines
+    }
+    return {
+        "engines": engines,
+        "cache": found.cache,
+        "overhead": found.overhead,
+        "running": found.running,
+        "building": found.building,
+        "board": board,
+        "available": free,
+    }
+
+
+def show(found: Memory, free: int, board: str | None, profile: str) -> None:
+    """The table in MB."""
+    from rich.table import Table
+
+    table = Table("", title=profile, title_justify="left")
+    for name in ("weights", "activations", "while it is built"):
+        table.add_column(f"{name}, MB", justify="right")
+    for engine in found.engines:
+        sizes = (engine.weights, engine.activations, engine.building)
+        table.add_row(engine.name, *map(_mb, sizes))
+    console = options.console()
+    console.print(table)
+    console.print(
+        f"keys and values {_mb(found.cache)} MB, CUDA and the process {_mb(found.overhead)} MB"
+    )
+    where = board or "this machine"
+    console.print(
+        f"running {_mb(found.running)} MB, building {_mb(found.building)} MB at most; {where} has "
+        f"{_mb(free)} MB for it"
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f}" if size >= 100e6 else f"{size / 1e6:,.1f}"
