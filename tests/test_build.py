@@ -24,16 +24,17 @@ from vlm_edge.errors import (
     BundleMissing,
     DeviceUnavailable,
     EngineFailure,
+    MemoryShort,
     SettingError,
 )
-from vlm_edge.export.tensorrt import api, build, layers, worker
+from vlm_edge.export.tensorrt import api, build, layers, memory, worker
 from vlm_edge.export.tensorrt.build import BuildOptions, BuildTarget, profile_of
 from vlm_edge.runtime.manifest import InstructionSettings, Manifest, MediaSettings, read_manifest
 from vlm_edge.runtime.plans import PlanKey, PlanStore
 from vlm_edge.runtime.tiling.settings import Mllama, Overlap
 
 RTX = "tensorrt-rtx"
-TARGET = BuildTarget("tensorrt-rtx 1.7", "8.6", None)
+TARGET = BuildTarget("tensorrt-rtx 1.7", "8.6", None, here=False, old=False)
 
 
 @pytest.fixture
@@ -102,6 +103,28 @@ def test_plans_are_kept_until_something_changes(
 def built_key(plans: Path, engine: str) -> PlanKey:
     """The key of what was built last."""
     return PlanStore(plans).entries(engine)[0].key
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_what_memory_does_not_hold_is_refused_before_the_build(
+    here: bool,
+    folder: Path,
+    built: list[worker.Order],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = dataclasses.replace(TARGET, here=here)
+    monkeypatch.setattr(build, "find_target", lambda device, asked: target)
+    monkeypatch.setattr(memory, "available", lambda gpu_free=None: 10**6)
+    doing = "running the engines" if here else "building (vision|connector|llm)"
+    with pytest.raises(
+        MemoryShort, match=rf"{doing} takes about .* this machine has about 0\.0 GB"
+    ):
+        build.build(folder, RTX, folder=tmp_path / "plans")
+    assert not built and not list((tmp_path / "plans").iterdir())
+    build.build(folder, RTX, folder=tmp_path / "plans", options=BuildOptions(force=True))
+    assert len(built) == 3
+    build.build(folder, RTX, folder=tmp_path / "plans")  # all are there: nothing is built
 
 
 def test_plans_lie_beside_the_bundle(
@@ -238,12 +261,12 @@ class FakeTensorRT:
     def compute_capabilities(self) -> tuple[str, ...]:
         return ("8.6",) if self.device == RTX else ()
 
-    check = api.TensorRT.check
+    check, old = api.TensorRT.check, True
 
 
 def test_the_gpu_is_this_machines(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "TensorRT", FakeTensorRT)
-    target = BuildTarget("tensorrt 1.0", "8.7", None)
+    target = BuildTarget("tensorrt 1.0", "8.7", None, here=True, old=True)
     assert build.find_target("tensorrt", None) == build.find_target("tensorrt", "8.7") == target
     with pytest.raises(
         SettingError, match=r"--compute-capability 8.6: .* GPU it runs on, 8.7 here"

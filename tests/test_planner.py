@@ -83,6 +83,23 @@ def test_quantized_weights_stay_as_they_are(bundle: Callable[..., Path]) -> None
             assert planner._tensor_bytes(value, FLOAT16) == int(by_type[value.dtype])
 
 
+def test_an_older_tensorrt_holds_int8_weights_as_floats(bundle: Callable[..., Path]) -> None:
+    """As many as the full-precision bundle's, and a little of what moved outliers; what is INT8 on both
+    sides stays."""
+    folder, exact = bundle("clip-llama", "int8"), bundle("clip-llama")
+    manifest = read_manifest(folder)
+    old, new = estimate(folder, manifest, FLOAT16, unpacked=True), estimated(folder, FLOAT16)
+    assert engine(old, "vision") == engine(new, "vision")
+    whole = engine(estimated(exact, FLOAT16), "llm").weights
+    scales = sum(
+        planner._tensor_bytes(value, FLOAT16)
+        for value in ir.load(folder / "llm.onnx").graph.initializers.values()
+        if str(value.name).endswith("_scale")
+    )
+    assert engine(old, "llm").weights == pytest.approx(whole + scales, rel=0.01)
+    assert engine(old, "llm").weights > 1.2 * engine(new, "llm").weights
+
+
 @pytest.mark.parametrize("case", ["clip-llama-v4", "dinov2-llama"])
 def test_the_cache_is_what_the_decoder_takes(case: str, bundle: Callable[..., Path]) -> None:
     """In float32 the CPU's own arrays at that capacity; float16 takes half."""

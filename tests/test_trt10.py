@@ -27,7 +27,7 @@ from vlm_edge.export.lowering import tensorrt, trt10
 from vlm_edge.export.lowering.decompose import decompose
 from vlm_edge.export.pipeline import export
 from vlm_edge.export.precision import PrecisionPlan
-from vlm_edge.export.tensorrt.api import Order, TensorRT
+from vlm_edge.export.tensorrt.api import BuildSettings, TensorRT
 from vlm_edge.export.tensorrt.layers import promised
 from vlm_edge.runtime import media
 from vlm_edge.runtime.feeds import causal_mask, empty_cache, windows
@@ -380,7 +380,9 @@ def test_tensorrt_rtx_builds_it(
     for part, entry in read_manifest(bundle).engines.items():
         graph = lowered(bundle, part, tmp_path, float_type)
         room = PlanProfile(float_type, CAPACITY, CHUNK, 3, media=40)
-        built = trt.build(part, graph, Order(tensorrt.profiles(entry.inputs, room, 6), ("8.6",)))
+        built = trt.build(
+            part, graph, BuildSettings(tensorrt.profiles(entry.inputs, room, 6), ("8.6",))
+        )
         assert built.int8_products >= promised(ir.load(graph).graph)
         assert (
             bool(built.int8_products) == (part == "vision" and precision != "fp32")

@@ -96,10 +96,14 @@ class TensorRT:
         names = re.findall(r"\bSM(\d+)(\d)\b", " ".join(dir(self._trt.ComputeCapability)))
         return tuple(f"{int(major)}.{minor}" for major, minor in sorted(names, key=_number))
 
+    @property
+    def old(self) -> bool:
+        """Does it take the graphs of `lowering.trt10`?"""
+        return self.device != RTX and trt10.needed(self._trt.__version__)
+
     def lower(self, portable: Path, folder: Path, profile: PlanProfile) -> Path:
         """Write the graph that this version builds into `folder` (`lowering.tensorrt`, `lowering.trt10`)."""
-        old = self.device != RTX and trt10.needed(self._trt.__version__)
-        return (trt10 if old else tensorrt).lower(portable, folder, profile)
+        return (trt10 if self.old else tensorrt).lower(portable, folder, profile)
 
     def check(self, capability: str) -> None:
         """

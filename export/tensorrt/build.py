@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vlm_edge.errors import DeviceUnavailable, ExtraMissing, SettingError
-from vlm_edge.export.tensorrt import memory, worker
+from vlm_edge.export.tensorrt import memory, planner, worker
 from vlm_edge.export.tensorrt.api import RTX, TensorRT
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.cuda import Gpu
@@ -49,6 +49,7 @@ class BuildOptions:
         tiles: tiles of one vision or connector call.
         images: pictures of a prompt, where the language model attends to pictures.
         workspace: bytes; None takes it from the memory that is free.
+        force: build though the planner says that there is not enough memory.
     """
 
     float_type: FloatType = "float16"
@@ -57,11 +58,12 @@ class BuildOptions:
     tiles: int | None = None
     images: int | None = None
     workspace: int | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, int) and value < 1:
+            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise SettingError(f"{field.name} = {value}; it should be at least 1")
 
 
@@ -123,6 +125,7 @@ def build(
         BundleError: there is no bundle, or it is damaged.
         SettingError: an option that the model cannot have, or no such compute capability.
         DeviceUnavailable: TensorRT is not installed, or a GPU is needed and absent.
+        MemoryShort: there is not enough memory, as far as can be known before.
         BuildFailed, EngineFailure: TensorRT refuses an engine, or memory is out.
         PlanDamaged: a file of the folder is not what it should be.
     """
@@ -130,31 +133,39 @@ def build(
     options = options or BuildOptions()
     opened = Bundle(bundle)
     target = find_target(device, compute_capability)
-    workspace = options.workspace or memory.workspace_bytes(memory.available(gpu_free=target.free))
     profile = profile_of(opened.manifest, options)
     store = PlanStore(folder) if folder is not None else PlanStore.beside(opened.path)
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingError(f"{store.folder} cannot be written: {error.strerror}") from error
-    reports = []
-    for name, entry in opened.manifest.engines.items():
-        key = PlanKey(
+    keys = {
+        name: PlanKey(
             target.tensorrt,
             target.compute_capability,
             host_platform(),
             graph_digest(entry, opened.manifest.files),
             profile,
         )
-        changed = _changed(store, name, key)
-        done = None
+        for name, entry in opened.manifest.engines.items()
+    }
+    changes = {name: _changed(store, name, key) for name, key in keys.items()}
+    free = memory.available(gpu_free=target.free)
+    if any(changed != {} for changed in changes.values()) and not options.force:
+        needed = planner.estimate(opened.path, opened.manifest, profile, target.old)
+        planner.check(needed, free, "this machine", here=target.here)
+    workspace = options.workspace or memory.workspace_bytes(free)
+    reports = []
+    for name, key in keys.items():
+        changed, done = changes[name], None
         if changed == {}:
             plan = store.prefer(store.find(name, key, "vlm build"))
             tick(f"keep {name}", 1, 1)
         else:
             plan, done = _build(opened, name, store, key, workspace, device, tick)
+        precision = opened.manifest.engines[name].precision
         reports.append(
-            EngineReport(name, entry.precision, plan.file.size, plan.seconds, changed or {}, done)
+            EngineReport(name, precision, plan.file.size, plan.seconds, changed or {}, done)
         )
     return BuildReport(
         store.folder, target.tensorrt, target.compute_capability, profile, tuple(reports)
@@ -247,11 +258,15 @@ class BuildTarget:
         tensorrt, compute_capability: as in `PlanKey`.
         free: bytes that are free in this machine's GPU; None where it shares the system's memory, and
             without a GPU.
+        here: will the engines run on this machine?
+        old: `TensorRT.old`.
     """
 
     tensorrt: str
     compute_capability: str
     free: int | None
+    here: bool
+    old: bool
 
 
 def find_target(device: str, asked: str | None) -> BuildTarget:
@@ -285,7 +300,7 @@ def find_target(device: str, asked: str | None) -> BuildTarget:
             f"--compute-capability {asked}: TensorRT builds for the GPU it runs on, {own} here; build "
             "on the other machine, or take --device tensorrt-rtx"
         )
-    return BuildTarget(trt.name, capability, free)
+    return BuildTarget(trt.name, capability, free, capability == own, trt.old)
 
 
 def _own_gpu(device: str) -> tuple[str, int | None]:

@@ -103,12 +103,21 @@ class Memory:
         return sorted(found, key=lambda term: -term[1])
 
 
-def estimate(folder: Path, manifest: Manifest, profile: PlanProfile) -> Memory:
-    """What the engines of a bundle take; `folder` is the bundle's, of which only graphs are read."""
+def estimate(
+    folder: Path, manifest: Manifest, profile: PlanProfile, unpacked: bool = False
+) -> Memory:
+    """What the engines of a bundle take.
+
+    Args:
+        folder: the bundle's, of which only graphs are read.
+        unpacked: does this TensorRT hold a language model's INT8 weights as floats (`lowering.trt10`)?
+    """
     dims = _dimensions(profile)
     engines, caches = [], Counter[str]()
     for name, entry in manifest.engines.items():
         graph = ir.load(folder / entry.graph).graph
+        if unpacked:
+            _unpack(graph)
         engines.append(_engine(name, graph, profile, dims, _file_size(manifest, entry)))
         for spec in entry.inputs:
             if _is_cache(spec.name):
@@ -127,18 +136,19 @@ def budget(board: str) -> int:
     return int(BOARDS[board] * GB)
 
 
-def check(memory: Memory, free: int, where: str) -> None:
+def check(memory: Memory, free: int, where: str, here: bool = True) -> None:
     """Refuse before anything is built.
 
     Args:
         free: bytes that can be used.
         where: whose they are, "orin-nano-8gb" or "this machine".
+        here: will it run there too, or is it built for another?
 
     Raises:
         MemoryShort: building or running takes more; the sentence names the largest part and a way out.
     """
     largest = max(memory.engines, key=lambda engine: engine.building)
-    if memory.running > free:
+    if here and memory.running > free:
         term, size = memory.terms()[0]
         raise MemoryShort(
             "running the engines", memory.running, free, where, term, size, _advice(term)
@@ -209,6 +219,16 @@ def _unpacked(graph: ir.Graph, profile: PlanProfile) -> int:
 def _stored(node: ir.Node) -> ir.DataType | None:
     """The type of the numbers that a node unpacks."""
     return None if node.inputs[0] is None else node.inputs[0].dtype
+
+
+def _unpack(graph: ir.Graph) -> None:
+    """Count INT8 weights whose other factor is no INT8 as the floats they stand for."""
+    for node in [n for n in graph if n.op_type == "DequantizeLinear" and _weight_only(n)]:
+        weight = node.inputs[0]
+        assert weight is not None
+        weight.type = ir.TensorType(ir.DataType.FLOAT)
+        node.outputs[0].replace_all_uses_with(weight)
+        graph.remove(node, safe=True)
 
 
 def _weight_only(node: ir.Node) -> bool:

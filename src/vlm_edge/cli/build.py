@@ -76,6 +76,11 @@ MEGABYTE = 1_000_000
     metavar="MB",
     help="Memory a layer may use for itself.  [default: from the memory that is free]",
 )
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Build though the estimate (`vlm plan`) says that memory is short.",
+)
 def build(
     bundle: Path,
     device: str,
@@ -87,6 +92,7 @@ def build(
     images: int | None,
     float_type: FloatType,
     workspace: int | None,
+    force: bool,
 ) -> None:
     """Build the TensorRT engines of BUNDLE, one after another.
 
@@ -102,6 +108,7 @@ def build(
         tiles=tiles,
         images=images,
         workspace=None if workspace is None else workspace * MEGABYTE,
+        force=force,
     )
     run(bundle, device, compute_capability, folder, asked)
 

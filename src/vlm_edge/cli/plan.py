@@ -36,15 +36,28 @@ if TYPE_CHECKING:
     show_default=True,
     help="What is not quantized computes in.",
 )
+@click.option(
+    "--tensorrt",
+    "version",
+    metavar="VERSION",
+    help="That will build them, such as 10.3 (JetPack 6): before 10.15 it holds a language model's INT8 "
+    "weights as floats.  [default: a newer one]",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def plan(
-    bundle: Path, board: str | None, as_json: bool, float_type: FloatType, **sizes: Any
+    bundle: Path,
+    board: str | None,
+    as_json: bool,
+    float_type: FloatType,
+    version: str | None,
+    **sizes: Any,
 ) -> None:
     """Say what BUNDLE's TensorRT engines take of a device's memory, running and while they are built.
 
     The figures are estimates from above, from the graphs alone; nothing is built. What does not fit is
     an error that names the largest part.
     """
+    from vlm_edge.export.lowering import trt10
     from vlm_edge.export.tensorrt import memory, planner
     from vlm_edge.export.tensorrt.build import BuildOptions, profile_of
     from vlm_edge.runtime.manifest import read_manifest
@@ -52,7 +65,8 @@ def plan(
     manifest = read_manifest(bundle)
     free = memory.available() if board is None else planner.budget(board)
     profile = profile_of(manifest, BuildOptions(float_type=float_type, **sizes))
-    found = planner.estimate(bundle, manifest, profile)
+    old = version is not None and trt10.needed(version)
+    found = planner.estimate(bundle, manifest, profile, unpacked=old)
     if as_json:
         click.echo(json.dumps(facts(found, free, board), indent=1))
     else:
