@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from pictures import write_pictures
-from tiny import build
 
 pytest_plugins = ["architecture_table"]
 
@@ -66,9 +65,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """checkpoint(case) -> folder of the tiny checkpoint `case` of tiny.CASES; do not write into it."""
+    """checkpoint(case) -> folder of a tiny checkpoint, of any of families.BUILDERS; do not write into it."""
+    from families import build_case
+
     root = tmp_path_factory.mktemp("checkpoints")
-    return Cache(lambda case: build(case, root / case))
+    return Cache(lambda case: build_case(case, root / case))
 
 
 @pytest.fixture(scope="session")
@@ -85,18 +86,20 @@ def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], Reference]:
 def bundle(
     tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]
 ) -> Callable[..., Path]:
-    """bundle(case, precision="fp32") -> folder of the exported bundle; do not write into it."""
+    """bundle(case, precision="fp32", cache="float32") -> folder of the exported bundle; do not write into
+    it."""
     root = tmp_path_factory.mktemp("bundles")
 
-    def export_case(case: str, precision: str = "fp32") -> Path:
+    def export_case(case: str, precision: str, cache: Any) -> Path:
         from vlm_edge.export.pipeline import export
         from vlm_edge.export.precision import PrecisionPlan
 
-        plan = PrecisionPlan.uniform(precision)
-        export(checkpoint(case), root / f"{case}-{precision}", precision=plan)
-        return root / f"{case}-{precision}"
+        folder, plan = root / f"{case}-{precision}-{cache}", PrecisionPlan.uniform(precision)
+        export(checkpoint(case), folder, precision=plan, cache_dtype=cache)
+        return folder
 
-    return Cache(export_case)
+    exported = Cache(export_case)
+    return lambda case, precision="fp32", cache="float32": exported(case, precision, cache)
 
 
 @pytest.fixture(scope="session")

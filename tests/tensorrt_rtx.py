@@ -6,19 +6,13 @@ read from the list of layers in the builder's log.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-import tiny
-from tiny_blip2 import build_blip
-from tiny_idefics import build_idefics
-from tiny_mllama import build_mllama
-from tiny_open_flamingo import build_open_flamingo
-from tiny_smolvlm import build_smol
 
 from vlm_edge.export.lowering import tensorrt
 from vlm_edge.export.tensorrt.api import BuildSettings, Built, TensorRT
@@ -32,29 +26,21 @@ needs_tensorrt = pytest.mark.skipif(
 )
 TARGETS = ("8.6", "12.0")  # Ampere cards, the desktop relatives of Jetson Orin; Blackwell cards
 
-# By architecture, cases of the tiny checkpoints, and what makes them.
-Make = Callable[[str, Path], Path]
-GATE: dict[str, tuple[Make, tuple[str, ...]]] = {
+# By architecture, cases of the tiny checkpoints (families.py).
+GATE = {
     # GQA and scaled RoPE; MQA and a width of 40; biases everywhere; a window; dynamic RoPE; tied weights,
     # biases and two masks; MQA tied as the demo model; SwiGLU and joined layers.
-    "llava": (tiny.build, (
-        "clip-llama-v4", "clip-llama-native", "clip-llama-biases", "clip-mistral-window",
-        "clip-padded-square", "siglip-qwen2", "dinov2-llama", "dinov2-swiglu")),
-    "llava_next": (tiny.build, ("next-clip-mistral",)),
-    "smolvlm": (build_smol, ("smolvlm", "idefics3-factor3")),
-    "blip2": (build_blip, ("blip2-opt", "blip2-opt-projection", "blip2-t5", "blip2-t5-plain")),
-    "instructblip": (build_blip, ("instructblip-vicuna",)),
-    "idefics": (build_idefics, ("idefics", "idefics-plain")),  # with a resampler and without
-    "open_flamingo": (build_open_flamingo, ("llama", "gpt_neox", "mpt", "mpt-clip")),
-    "mllama": (build_mllama, ("mllama", "mllama-native")),
+    "llava": ("clip-llama-v4", "clip-llama-native", "clip-llama-biases", "clip-mistral-window",
+              "clip-padded-square", "siglip-qwen2", "dinov2-llama", "dinov2-swiglu"),
+    "llava_next": ("next-clip-mistral",),
+    "smolvlm": ("smolvlm", "idefics3-factor3"),
+    "blip2": ("blip2-opt", "blip2-opt-projection", "blip2-t5", "blip2-t5-plain"),
+    "instructblip": ("instructblip-vicuna",),
+    "idefics": ("idefics", "idefics-plain"),  # with a resampler and without
+    "open_flamingo": ("llama", "gpt_neox", "mpt", "mpt-clip"),
+    "mllama": ("mllama", "mllama-native"),
 }  # fmt: skip
-CASES = [case for _, cases in GATE.values() for case in cases]
-
-
-def build_case(case: str, folder: Path) -> Path:
-    """The tiny checkpoint of a case."""
-    (make,) = (make for make, cases in GATE.values() if case in cases)
-    return make(case, folder)
+CASES = [case for cases in GATE.values() for case in cases]
 
 
 def profile(**differences: object) -> PlanProfile:

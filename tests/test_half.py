@@ -11,16 +11,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import Cache
 from onnx.reference import ReferenceEvaluator
 from small_graph import ref, write, write_product
-from tensorrt_rtx import CASES, build_case
+from tensorrt_rtx import CASES
 
 from vlm_edge.export.lowering import half as lowering
 from vlm_edge.export.lowering import masks
 from vlm_edge.export.lowering.half import FLOAT, HALF, KEPT, half
-from vlm_edge.export.pipeline import export
-from vlm_edge.export.precision import PrecisionPlan
 from vlm_edge.export.quantizers.static_int8 import StaticInt8
 from vlm_edge.export.quantizers.weight_only import WeightOnly
 from vlm_edge.runtime.feeds import MASKED
@@ -35,21 +32,6 @@ SIZES = {
     "tokens": 6, "instruction": 4,
 }  # fmt: skip
 Feeds = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """bundles(case, precision="fp32", cache_dtype="float32") -> folder; do not write into it."""
-    root = tmp_path_factory.mktemp("half")
-    checkpoints = Cache(lambda case: build_case(case, root / case))
-
-    def make(case: str, precision: str = "fp32", cache_dtype: Any = "float32") -> Path:
-        folder = root / f"{case}-{precision}-{cache_dtype}"
-        plan = PrecisionPlan.uniform(precision)
-        export(checkpoints(case), folder, precision=plan, cache_dtype=cache_dtype)
-        return folder
-
-    return Cache(make)
 
 
 def portables(folder: Path) -> list[Path]:
@@ -155,9 +137,9 @@ def worst(found: Feeds, expected: Feeds) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_architecture_says_the_same(
-    case: str, bundles: Callable[..., Path], tmp_path: Path
+    case: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    for portable in portables(bundles(case)):
+    for portable in portables(bundle(case)):
         graph = in_half(portable, tmp_path)
         onnx.checker.check_model(str(graph), full_check=True)
         given = feeds(portable)
@@ -170,18 +152,18 @@ def test_every_architecture_says_the_same(
     ("case", "precision"), [("clip-llama-biases", "int8"), ("blip2-t5", "int4"), ("mllama", "int8")]
 )
 def test_quantized_graphs_say_the_same(
-    case: str, precision: str, bundles: Callable[..., Path], tmp_path: Path
+    case: str, precision: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Where activations are rounded to int8, float16's rounding moves some of them by a whole step; that
     must be little beside what the steps themselves cost."""
-    for portable in portables(bundles(case, precision)):
+    for portable in portables(bundle(case, precision)):
         graph = in_half(portable, tmp_path)
         given = feeds(portable)
         found, same = run(graph, given), run(portable, given)
         if not any(node.op_type == "QuantizeLinear" for node in ir.load(portable).graph):
             assert worst(found, same) < BOUND, portable.stem
             continue
-        exact = run(bundles(case) / portable.name, given)
+        exact = run(bundle(case) / portable.name, given)
         for name, value in exact.items():
             cost = np.linalg.norm(same[name] - value)
             assert np.linalg.norm(found[name] - same[name]) < 0.8 * cost, portable.stem
@@ -189,9 +171,9 @@ def test_quantized_graphs_say_the_same(
 
 
 @pytest.mark.parametrize("case", ["siglip-qwen2", "blip2-t5", "idefics"])
-def test_interface_and_weights(case: str, bundles: Callable[..., Path], tmp_path: Path) -> None:
+def test_interface_and_weights(case: str, bundle: Callable[..., Path], tmp_path: Path) -> None:
     """Only keys and values change their type; no tensor of size is written again."""
-    for portable in portables(bundles(case)):
+    for portable in portables(bundle(case)):
         before, after = ir.load(portable).graph, ir.load(in_half(portable, tmp_path)).graph
         for old, new in ((before.inputs, after.inputs), (before.outputs, after.outputs)):
             assert [(v.name, v.shape) for v in old] == [(v.name, v.shape) for v in new]
@@ -209,9 +191,9 @@ def test_interface_and_weights(case: str, bundles: Callable[..., Path], tmp_path
 
 
 def test_products_are_float16_and_norms_are_not(
-    bundles: Callable[..., Path], tmp_path: Path
+    bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    graph = ir.load(in_half(bundles("siglip-qwen2") / "llm.onnx", tmp_path)).graph
+    graph = ir.load(in_half(bundle("siglip-qwen2") / "llm.onnx", tmp_path)).graph
     types: dict[str, set[Any]] = {}
     for node in graph:
         types.setdefault(node.op_type, set()).add(node.outputs[0].dtype)
@@ -227,14 +209,14 @@ def far(portable: Path) -> Feeds:
 
 
 @pytest.mark.parametrize("case", ["clip-llama-v4", "gpt_neox", "blip2-t5", "mpt"])
-def test_far_positions_are_exact(case: str, bundles: Callable[..., Path], tmp_path: Path) -> None:
-    portable = bundles(case) / "llm.onnx"
+def test_far_positions_are_exact(case: str, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    portable = bundle(case) / "llm.onnx"
     given = far(portable)
     assert worst(run(in_half(portable, tmp_path), given), run(portable, given)) < BOUND
 
 
-def test_angles_in_float16_would_be_seen(bundles: Callable[..., Path], tmp_path: Path) -> None:
-    portable = bundles("clip-llama-v4") / "llm.onnx"
+def test_angles_in_float16_would_be_seen(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    portable = bundle("clip-llama-v4") / "llm.onnx"
     path = in_half(portable, tmp_path)
     model = ir.load(path)
     for node in [node for node in model.graph if node.op_type in ("Cos", "Sin")]:
@@ -251,10 +233,10 @@ def test_angles_in_float16_would_be_seen(bundles: Callable[..., Path], tmp_path:
 
 @pytest.mark.parametrize("case", ["llama", "idefics", "mllama"])
 def test_rows_that_see_nothing_are_a_mean(
-    case: str, bundles: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, bundle: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scores of tens: added to a mask of float16 they would still count."""
-    portable = bundles(case) / "llm.onnx"
+    portable = bundle(case) / "llm.onnx"
     given = feeds(portable)
     for name in [name for name in given if name.startswith("media.key")]:
         given[name] *= 30
@@ -280,9 +262,9 @@ def scaled(portable: Path, folder: Path, factors: dict[str, float]) -> Path:
 
 
 @pytest.fixture
-def large_t5(bundles: Callable[..., Path], tmp_path: Path) -> Path:
+def large_t5(bundle: Callable[..., Path], tmp_path: Path) -> Path:
     """An encoder whose feed-forwards give hundreds of thousands, as those of Flan-T5 do."""
-    return scaled(bundles("blip2-t5") / "llm_encoder.onnx", tmp_path, {".feed_forward.wo.": 2e5})
+    return scaled(bundle("blip2-t5") / "llm_encoder.onnx", tmp_path, {".feed_forward.wo.": 2e5})
 
 
 def test_a_t5_does_not_overflow(large_t5: Path) -> None:
@@ -300,26 +282,26 @@ def test_a_t5_in_float16_throughout_would(large_t5: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_a_t5_s_wide_product_stays_float32(
-    precision: str, bundles: Callable[..., Path], tmp_path: Path
+    precision: str, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
     for part in ("llm", "llm_encoder"):
-        graph = ir.load(in_half(bundles("blip2-t5", precision) / f"{part}.onnx", tmp_path)).graph
+        graph = ir.load(in_half(bundle("blip2-t5", precision) / f"{part}.onnx", tmp_path)).graph
         products = [node for node in graph if node.op_type == "MatMul"]
         wide = [node for node in products if "/wo/" in str(node.name)]
         assert wide and {node.outputs[0].dtype for node in wide} == {FLOAT}
         assert {n.outputs[0].dtype for n in products if n not in wide} == {HALF}
 
 
-def test_sums_of_squares_do_not_overflow(bundles: Callable[..., Path], tmp_path: Path) -> None:
-    portable = bundles("siglip-qwen2") / "llm.onnx"
+def test_sums_of_squares_do_not_overflow(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    portable = bundle("siglip-qwen2") / "llm.onnx"
     given = feeds(portable)
     given["inputs_embeds"] *= 3000  # its squares are 10^7
     graph = in_half(portable, tmp_path)
     assert worst(run_strictly(graph, given), run(portable, given)) < BOUND
 
 
-def test_an_int8_cache_stays(bundles: Callable[..., Path], tmp_path: Path) -> None:
-    portable = bundles("clip-llama-v4", "fp32", "int8") / "llm.onnx"
+def test_an_int8_cache_stays(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    portable = bundle("clip-llama-v4", "fp32", "int8") / "llm.onnx"
     graph = in_half(portable, tmp_path)
     types = [
         [(v.name, v.dtype) for v in g.inputs] for g in (ir.load(p).graph for p in (portable, graph))

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from tensorrt_rtx import CASES
-from test_half import BOUND, SIZES, Feeds, bundles, error, feeds, portables, run, worst  # noqa: F401  # a fixture
+from test_half import BOUND, SIZES, Feeds, error, feeds, portables, run, worst
 
 from vlm_edge.export.lowering import cuda
 from vlm_edge.export.lowering.cpu import CONTRIB
@@ -53,8 +53,8 @@ def as_loaded(graph: Path, folder: Path) -> Counter[str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_architecture_says_the_same(case: str, bundles: Callable[..., Path]) -> None:  # noqa: F811
-    folder = bundles(case)
+def test_every_architecture_says_the_same(case: str, bundle: Callable[..., Path]) -> None:
+    folder = bundle(case)
     for portable in portables(folder):
         entry = read_manifest(folder).engines[portable.stem]
         graph = folder / entry.lowered["cuda"]
@@ -71,9 +71,9 @@ def test_every_architecture_says_the_same(case: str, bundles: Callable[..., Path
 def test_every_operator_has_a_kernel(
     case: str,
     precision: str,
-    bundles: Callable[..., Path],  # noqa: F811
+    bundle: Callable[..., Path],
 ) -> None:
-    for portable in portables(bundles(case, precision)):
+    for portable in portables(bundle(case, precision)):
         for node in ir.load(of_cuda(portable)).graph:
             if node.op_type != "Constant":  # an initializer once it is loaded
                 assert node.op_type in cuda.KERNELS.get(node.domain, ()), node.name
@@ -82,10 +82,10 @@ def test_every_operator_has_a_kernel(
 @pytest.mark.parametrize("case", CASES)
 def test_attention_over_a_cache_is_grouped_where_it_can_be(
     case: str,
-    bundles: Callable[..., Path],  # noqa: F811
+    bundle: Callable[..., Path],
 ) -> None:
     """Where the CPU's graph has it, and in float16: the one type for which the provider has the operator."""
-    folder = bundles(case)
+    folder = bundle(case)
     layers, of_cpu = read_manifest(folder).decoder.layers, folder / "llm.cpu.onnx"
     graph = ir.load(folder / "llm.cuda.onnx").graph
     grouped = [node for node in graph if node.op_type == "GroupQueryAttention"]
@@ -103,10 +103,10 @@ def test_attention_over_a_cache_is_grouped_where_it_can_be(
 def test_quantized_weights_without_quantized_activations(
     case: str,
     precision: str,
-    bundles: Callable[..., Path],  # noqa: F811
+    bundle: Callable[..., Path],
 ) -> None:
     """Nearer to full precision than the portable graph, whose activations are rounded too."""
-    exact, quantized = bundles(case), bundles(case, precision)
+    exact, quantized = bundle(case), bundle(case, precision)
     for portable in portables(quantized):
         graph, given = of_cuda(portable), feeds(portable)
         assert not kinds(graph)["QuantizeLinear"]
@@ -153,8 +153,8 @@ def test_it_shares_the_weights(bundle: Callable[..., Path]) -> None:
         assert graph.stat().st_size < 1.3 * portable.stat().st_size + 2000
 
 
-def test_an_int8_cache_has_no_form_there(bundles: Callable[..., Path]) -> None:  # noqa: F811
-    folder = bundles("clip-llama-v4", "fp32", "int8")
+def test_an_int8_cache_has_no_form_there(bundle: Callable[..., Path]) -> None:
+    folder = bundle("clip-llama-v4", "fp32", "int8")
     entries = read_manifest(folder).engines
     assert "cuda" not in entries["llm"].lowered
     assert {"vision", "connector"} <= {name for name in entries if "cuda" in entries[name].lowered}

@@ -16,16 +16,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import Cache
 from fake_cuda_provider import PROVIDER, FakeCuda, RealSession
-from tiny import build
-from tiny_blip2 import build_blip
-from tiny_idefics import build_idefics
-from tiny_mllama import build_mllama
 
 from vlm_edge import VLM
 from vlm_edge.errors import DeviceUnavailable, DriverTooOld, EngineFailure
-from vlm_edge.export.pipeline import export
 from vlm_edge.runtime import ort, ort_cuda, ort_decoder
 from vlm_edge.runtime.bundle import Bundle
 from vlm_edge.runtime.encoder_decoder import EncoderDecoder
@@ -33,34 +27,19 @@ from vlm_edge.runtime.ort_decoder import OrtDecoder
 
 # a mask and its growing steps; GroupQueryAttention with a window; an encoder-decoder; OPT; pictures that
 # are attended to, as IDEFICS and as Llama 3.2 Vision do
-FAMILIES: dict[str, Callable[[str, Path], Path]] = {
-    "clip-llama": build,
-    "siglip-qwen2": build,
-    "blip2-t5": build_blip,
-    "instructblip-vicuna": build_blip,
-    "blip2-opt": build_blip,
-    "idefics": build_idefics,
-    "mllama": build_mllama,
-}
+FAMILIES = [
+    "clip-llama",
+    "siglip-qwen2",
+    "blip2-t5",
+    "instructblip-vicuna",
+    "blip2-opt",
+    "idefics",
+    "mllama",
+]
 NEW_TOKENS = 24
 QUESTION = "what is the color of this and that thing?"
 
 Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """exported(case, cache="float32") -> a bundle."""
-    root = tmp_path_factory.mktemp("bundles")
-
-    def make(case: str, cache: Any = "float32") -> Path:
-        checkpoint = root / case
-        if not checkpoint.exists():
-            FAMILIES[case](case, checkpoint)
-        export(checkpoint, root / f"{case}-{cache}", cache_dtype=cache)
-        return root / f"{case}-{cache}"
-
-    return Cache(make)
 
 
 @pytest.fixture
@@ -108,18 +87,18 @@ def decoder_of(vlm: VLM) -> OrtDecoder:
 def test_answers_are_those_of_the_cpu(
     case: str,
     graphs: str,
-    exported: Make,
+    bundle: Make,
     pictures: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same graphs, with all that they read and write on the device; those for CUDA have keys and
     values in float16, from engine to engine too."""
     same_graphs(monkeypatch, graphs)
-    with VLM.load(exported(case), threads=1) as vlm:
+    with VLM.load(bundle(case), threads=1) as vlm:
         expected = answers(vlm, pictures)
     assert max(len(set(tokens)) for tokens in expected) >= 4
     gpu = FakeCuda(monkeypatch)
-    with VLM.load(exported(case), device="cuda", threads=1) as vlm:
+    with VLM.load(bundle(case), device="cuda", threads=1) as vlm:
         assert answers(vlm, pictures) == expected
         assert "inputs_embeds" in decoder_of(vlm)._remote
         kind = np.dtype("float16" if graphs == "cuda" else "float32")
@@ -131,30 +110,30 @@ def test_answers_are_those_of_the_cpu(
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("host", [{"write_indices"}, {"positions", "logit_positions"}], ids=str)
 def test_what_the_session_reads_from_the_host_stays_there(
-    host: set[str], exported: Make, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    host: set[str], bundle: Make, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shapes are computed on the CPU, from inputs that are never copied to the device."""
     same_graphs(monkeypatch)
-    with VLM.load(exported("clip-llama"), threads=1) as vlm:
+    with VLM.load(bundle("clip-llama"), threads=1) as vlm:
         expected = answers(vlm, pictures)
     FakeCuda(monkeypatch, host)
-    with VLM.load(exported("clip-llama"), device="cuda", threads=1) as vlm:
+    with VLM.load(bundle("clip-llama"), device="cuda", threads=1) as vlm:
         assert not decoder_of(vlm)._remote & host
         assert answers(vlm, pictures) == expected
 
 
 @pytest.mark.parametrize("wrong", [set(), {"all"}], ids=["nothing remote", "all remote"])
 def test_an_input_in_the_wrong_memory_would_show(
-    wrong: set[str], exported: Make, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    wrong: set[str], bundle: Make, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the two tests above rest on: the copy made while binding is never renewed."""
     same_graphs(monkeypatch)
-    with VLM.load(exported("clip-llama"), threads=1) as vlm:
+    with VLM.load(bundle("clip-llama"), threads=1) as vlm:
         expected = answers(vlm, pictures)
     FakeCuda(monkeypatch, {"write_indices"})
     names = {"inputs_embeds", "positions", "write_indices", "logit_positions", "attention_mask"}
     monkeypatch.setattr(ort_decoder, "device_inputs", lambda _: names if wrong else set())
-    with VLM.load(exported("clip-llama"), device="cuda", threads=1) as vlm:
+    with VLM.load(bundle("clip-llama"), device="cuda", threads=1) as vlm:
         try:
             found = answers(vlm, pictures)
         except EngineFailure:  # or logits that are not finite
@@ -167,11 +146,11 @@ def test_an_input_in_the_wrong_memory_would_show(
 
 @pytest.mark.parametrize("case", ["clip-llama", "blip2-t5", "idefics", "siglip-qwen2"])
 def test_a_step_sends_one_block_up_and_its_logits_down(
-    case: str, exported: Make, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    case: str, bundle: Make, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     same_graphs(monkeypatch)
     gpu = FakeCuda(monkeypatch)
-    with VLM.load(exported(case), device="cuda", threads=1) as vlm:
+    with VLM.load(bundle(case), device="cuda", threads=1) as vlm:
         pieces = iter(
             vlm.stream(QUESTION, [pictures["wide.png"]], max_new_tokens=9, ignore_eos=True)._pieces
         )
@@ -192,13 +171,13 @@ def test_a_step_sends_one_block_up_and_its_logits_down(
 
 
 def test_a_prompt_s_pictures_go_up_once(
-    exported: Make, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    bundle: Make, pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Keys and values that every step reads: none of them goes up again with a chunk or a step."""
     same_graphs(monkeypatch)
     monkeypatch.setattr(ort_decoder, "CHUNK", 7)
     gpu = FakeCuda(monkeypatch)
-    with VLM.load(exported("idefics"), device="cuda", threads=1) as vlm:
+    with VLM.load(bundle("idefics"), device="cuda", threads=1) as vlm:
         vlm.generate(QUESTION, [pictures["wide.png"]], max_new_tokens=6, ignore_eos=True)
         decoder = decoder_of(vlm)
         assert decoder._constants
@@ -207,10 +186,10 @@ def test_a_prompt_s_pictures_go_up_once(
         assert gpu.uploads.count(sizes[0]) == len(sizes)
 
 
-def test_growing_keeps_what_was_written(exported: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_keeps_what_was_written(bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     same_graphs(monkeypatch)
     gpu = FakeCuda(monkeypatch)
-    bundle = Bundle(exported("clip-llama"))
+    bundle = Bundle(bundle("clip-llama"))
     decoder = OrtDecoder(bundle, 1, "cuda")
     width = bundle.manifest.decoder.width
     embeds = np.random.default_rng(0).standard_normal((1, 20, width)).astype(np.float32)
@@ -233,39 +212,39 @@ def test_growing_keeps_what_was_written(exported: Make, monkeypatch: pytest.Monk
 
 
 def test_a_provider_that_did_not_load_is_an_error(
-    exported: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    bundle: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     same_graphs(monkeypatch)
     FakeCuda(monkeypatch, loads=False)
     monkeypatch.setattr(ort_cuda, "_load_error", lambda: LIBRARY)
     with pytest.raises(DeviceUnavailable, match=r"'cuda' is not available: .*libcublasLt.so.13"):
-        VLM.load(exported("clip-llama"), device="cuda")
+        VLM.load(bundle("clip-llama"), device="cuda")
     assert capfd.readouterr().out == "", "a library prints nothing"
 
 
 @pytest.mark.skipif(
     PROVIDER in onnxruntime.get_available_providers(), reason="onnxruntime-gpu is installed"
 )
-def test_the_package_for_the_cpu_is_named(exported: Make) -> None:
-    graph = Bundle(exported("clip-llama")).graph("connector")
+def test_the_package_for_the_cpu_is_named(bundle: Make) -> None:
+    graph = Bundle(bundle("clip-llama")).graph("connector")
     with pytest.raises(DeviceUnavailable, match=r"for the CPU alone; run: .*'vlm-edge\[gpu\]'"):
         ort.open_session(graph, "connector", 1, device="cuda")
 
 
 def test_a_bundle_without_graphs_for_it_is_refused(
-    exported: Make, monkeypatch: pytest.MonkeyPatch
+    bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeCuda(monkeypatch)
-    bundle = Bundle(exported("clip-llama"))
-    for entry in bundle.manifest.engines.values():
+    opened = Bundle(bundle("clip-llama"))
+    for entry in opened.manifest.engines.values():
         entry.lowered.pop("cuda", None)
     with pytest.raises(DeviceUnavailable, match=r"no graph of vision for it; export it again$"):
-        ort.OrtEngine(bundle, "vision", 1, "cuda")
+        ort.OrtEngine(opened, "vision", 1, "cuda")
     with pytest.raises(DeviceUnavailable, match=r"no graph of llm for it; .* --kv-cache float32"):
-        VLM.load(exported("clip-llama", "int8"), device="cuda")
+        VLM.load(bundle("clip-llama", cache="int8"), device="cuda")
 
 
-def test_work_on_the_cpu_is_an_error(exported: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_on_the_cpu_is_an_error(bundle: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """With what ONNX Runtime itself records of a session: of this one all nodes are on the CPU."""
 
     def session(graph: Any, options: Any, **_: Any) -> Any:
@@ -277,14 +256,14 @@ def test_work_on_the_cpu_is_an_error(exported: Make, monkeypatch: pytest.MonkeyP
 
     FakeCuda(monkeypatch)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    graph = Bundle(exported("clip-llama")).graph("connector")
+    graph = Bundle(bundle("clip-llama")).graph("connector")
     with pytest.raises(EngineFailure, match=r"would run .*\d+ MatMul.* on the CPU; install"):
         ort.open_session(graph, "connector", 1, device="cuda")
 
 
-def test_what_the_runtime_asks_of_a_session_is_there(exported: Make) -> None:
+def test_what_the_runtime_asks_of_a_session_is_there(bundle: Make) -> None:
     """The fake's names are ONNX Runtime's own, and on the CPU every input is the host's."""
-    session = ort.open_session(Bundle(exported("clip-llama")).graph("llm"), "llm", 1)
+    session = ort.open_session(Bundle(bundle("clip-llama")).graph("llm"), "llm", 1)
     assert ort_decoder.device_inputs(session) == set()
     for fake in ("get_providers", "get_provider_graph_assignment_info", "run_with_iobinding"):
         assert hasattr(session, fake)
@@ -327,7 +306,7 @@ def said(error: str) -> RuntimeError:
     ],
 )  # fmt: skip
 def test_what_cuda_says(
-    message: str, kind: Any, sentence: str, exported: Make, monkeypatch: pytest.MonkeyPatch
+    message: str, kind: Any, sentence: str, bundle: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def session(*_: Any, **__: Any) -> Any:
         raise said(message)

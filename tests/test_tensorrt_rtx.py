@@ -17,7 +17,7 @@ import onnx_ir as ir
 import pytest
 from conftest import Cache
 from small_graph import run, write
-from tensorrt_rtx import CASES, GATE, TARGETS, Gate, build, build_case, needs_tensorrt, profile
+from tensorrt_rtx import CASES, TARGETS, Gate, build, needs_tensorrt, profile
 from tiny import CASES as LLAVA_CASES
 from tiny import Tiny
 from tiny import build as build_llava
@@ -47,24 +47,6 @@ REAL = Tiny(
 @pytest.fixture(scope="module")
 def trt() -> TensorRT:
     return TensorRT("tensorrt-rtx")
-
-
-@pytest.fixture(scope="module")
-def bundles(
-    tmp_path_factory: pytest.TempPathFactory, bundle: Callable[..., Path]
-) -> Callable[..., Path]:
-    """bundles(case, precision) -> folder; the other tests' where they have the same."""
-    root = tmp_path_factory.mktemp("gate")
-    checkpoints = Cache(lambda case: build_case(case, root / case))
-
-    def make(case: str, precision: str) -> Path:
-        if case in (*GATE["llava"][1], *GATE["llava_next"][1]):
-            return bundle(case, precision)
-        folder = root / f"{case}-{precision}"
-        export(checkpoints(case), folder, precision=PrecisionPlan.uniform(precision))
-        return folder
-
-    return Cache(make)
 
 
 def build_part(
@@ -104,19 +86,17 @@ def promised_layers(manifest: Manifest, part: str) -> int:
 @needs_tensorrt
 @pytest.mark.parametrize("case", CASES)
 def test_full_precision_builds_in_float16(
-    case: str, trt: TensorRT, bundles: Callable[..., Path], tmp_path: Path
+    case: str, trt: TensorRT, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = bundles(case, "fp32")
+    folder = bundle(case, "fp32")
     for part in read_manifest(folder).engines:
         assert "Half" in build_part(trt, folder, part, tmp_path).built.dtypes
 
 
 @needs_tensorrt
 @pytest.mark.parametrize("case", CASES)
-def test_int8_builds(
-    case: str, trt: TensorRT, bundles: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = bundles(case, "int8")
+def test_int8_builds(case: str, trt: TensorRT, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = bundle(case, "int8")
     for part, entry in read_manifest(folder).engines.items():
         gate = build_part(trt, folder, part, tmp_path)
         assert entry.precision == "int8" and gate.stores(ir.DataType.INT8)
@@ -125,10 +105,8 @@ def test_int8_builds(
 
 @needs_tensorrt
 @pytest.mark.parametrize("case", CASES)
-def test_int4_builds(
-    case: str, trt: TensorRT, bundles: Callable[..., Path], tmp_path: Path
-) -> None:
-    folder = bundles(case, "int4")
+def test_int4_builds(case: str, trt: TensorRT, bundle: Callable[..., Path], tmp_path: Path) -> None:
+    folder = bundle(case, "int4")
     for part in set(LANGUAGE) & read_manifest(folder).engines.keys():  # the others are INT8's
         assert build_part(trt, folder, part, tmp_path).stores(ir.DataType.INT4)
 
@@ -137,9 +115,9 @@ def test_int4_builds(
 @pytest.mark.parametrize("precision", ["fp32", "int4"])  # under INT4 other parts are in INT8
 @pytest.mark.parametrize("case", ["clip-llama-biases", "blip2-t5", "idefics", "mllama"])
 def test_the_rest_may_compute_in_float32(
-    case: str, precision: str, trt: TensorRT, bundles: Callable[..., Path], tmp_path: Path
+    case: str, precision: str, trt: TensorRT, bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = bundles(case, precision)
+    folder = bundle(case, precision)
     for part in read_manifest(folder).engines:
         built = build_part(trt, folder, part, tmp_path, float_type="float32").built
         assert "Half" not in built.dtypes and "Float" in built.dtypes

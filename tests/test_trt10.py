@@ -16,17 +16,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from conftest import Cache
 from onnx import defs
 from small_graph import write
-from tensorrt_rtx import build_case, needs_tensorrt
-from tiny import CASES as LLAVA
+from tensorrt_rtx import needs_tensorrt
 
 from vlm_edge.errors import EngineFailure
 from vlm_edge.export.lowering import tensorrt, trt10
 from vlm_edge.export.lowering.decompose import decompose
-from vlm_edge.export.pipeline import export
-from vlm_edge.export.precision import PrecisionPlan
 from vlm_edge.export.tensorrt.api import BuildSettings, TensorRT
 from vlm_edge.export.tensorrt.layers import promised
 from vlm_edge.runtime import media
@@ -47,26 +43,10 @@ needs_open_flamingo = pytest.mark.skipif(
 # biases by distance, cross-attention, pictures attended to.
 CASES = [
     "clip-llama-v4", "clip-llama-native", "clip-mistral-window", "clip-padded-square", "siglip-qwen2",
-    "next-siglip-qwen2", "idefics3-factor3", "blip2-opt-projection", "blip2-t5", "instructblip-vicuna",
+    "next-clip-mistral", "idefics3-factor3", "blip2-opt-projection", "blip2-t5", "instructblip-vicuna",
     "idefics", "mllama", *(pytest.param(name, marks=needs_open_flamingo) for name in OPEN_FLAMINGO),
 ]  # fmt: skip
 QUANTIZED = ["siglip-qwen2", "blip2-t5", "mllama"]
-
-
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory, bundle: Bundles) -> Bundles:
-    """bundles(case, precision="fp32") -> folder; the other tests' where they have the same."""
-    root = tmp_path_factory.mktemp("trt10")
-    checkpoints = Cache(lambda case: build_case(case, root / case))
-
-    def make(case: str, precision: str = "fp32") -> Path:
-        if case in LLAVA:
-            return bundle(case, precision)
-        folder = root / f"{case}-{precision}"
-        export(checkpoints(case), folder, precision=PrecisionPlan.uniform(precision))
-        return folder
-
-    return Cache(make)
 
 
 def lowered(bundle: Path, part: str, folder: Path, float_type: FloatType = "float32") -> Path:
@@ -240,17 +220,17 @@ def check(graph: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_full_precision_gives_the_same_values(case: str, bundles: Bundles, tmp_path: Path) -> None:
-    compare_bundle(bundles(case), tmp_path)
+def test_full_precision_gives_the_same_values(case: str, bundle: Bundles, tmp_path: Path) -> None:
+    compare_bundle(bundle(case), tmp_path)
     assert not any(tmp_path.glob("*.floats.data"))  # all weights are the bundle's
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 @pytest.mark.parametrize("case", QUANTIZED)
 def test_quantized_gives_the_same_values(
-    case: str, precision: str, bundles: Bundles, tmp_path: Path
+    case: str, precision: str, bundle: Bundles, tmp_path: Path
 ) -> None:
-    compare_bundle(bundles(case, precision), tmp_path)
+    compare_bundle(bundle(case, precision), tmp_path)
 
 
 def compare_bundle(bundle: Path, folder: Path) -> None:
@@ -264,8 +244,8 @@ def compare_bundle(bundle: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["siglip-qwen2", "blip2-t5", "mllama"])
-def test_float16_is_near(case: str, bundles: Bundles, tmp_path: Path) -> None:
-    bundle = bundles(case)
+def test_float16_is_near(case: str, bundle: Bundles, tmp_path: Path) -> None:
+    bundle = bundle(case)
     settings = read_manifest(bundle).decoder
     graph = lowered(bundle, "llm", tmp_path, "float16")
     check(graph)
@@ -278,8 +258,8 @@ def test_float16_is_near(case: str, bundles: Bundles, tmp_path: Path) -> None:
         assert np.linalg.norm(found - expected) < HALF * np.linalg.norm(expected)
 
 
-def test_inputs_stay_and_the_new_keys_come_out(bundles: Bundles, tmp_path: Path) -> None:
-    bundle = bundles("siglip-qwen2")
+def test_inputs_stay_and_the_new_keys_come_out(bundle: Bundles, tmp_path: Path) -> None:
+    bundle = bundle("siglip-qwen2")
     graph = ir.load(lowered(bundle, "llm", tmp_path)).graph
     portable = ir.load(bundle / "llm.onnx").graph
     settings = read_manifest(bundle).decoder
@@ -291,11 +271,11 @@ def test_inputs_stay_and_the_new_keys_come_out(bundles: Bundles, tmp_path: Path)
     assert shapes["attention_mask"] == [1, 1, "sequence", CAPACITY]
 
 
-def test_weights_of_float_products_become_floats_once(bundles: Bundles, tmp_path: Path) -> None:
+def test_weights_of_float_products_become_floats_once(bundle: Bundles, tmp_path: Path) -> None:
     """In a file of their own; those of INT8 products and INT4 stay where they are."""
-    bundle = bundles("siglip-qwen2", "int8")
+    folder = bundle("siglip-qwen2", "int8")
     for part, kept in (("llm", 0), ("vision", 1)):
-        path = lowered(bundle, part, tmp_path)
+        path = lowered(folder, part, tmp_path)
         found = ir.load(path).graph.initializers.values()
         floats = [v for v in found if str(v.name).endswith(".floats")]
         assert bool(floats) != kept and any(v.dtype == ir.DataType.INT8 for v in found) == kept
@@ -303,7 +283,7 @@ def test_weights_of_float_products_become_floats_once(bundles: Bundles, tmp_path
         written = tmp_path / f"{part}.floats.data"
         assert written.is_file() != kept
         assert kept or needed <= written.stat().st_size < needed + trt10.ALIGNMENT * len(floats)
-    four = ir.load(lowered(bundles("siglip-qwen2", "int4"), "llm", tmp_path / "int4")).graph
+    four = ir.load(lowered(bundle("siglip-qwen2", "int4"), "llm", tmp_path / "int4")).graph
     assert any(v.dtype == ir.DataType.INT4 for v in four.initializers.values())
 
 
@@ -373,9 +353,9 @@ def test_the_versions_that_want_it(version: str, needed: bool) -> None:
     ],
 )
 def test_tensorrt_rtx_builds_it(
-    case: str, precision: str, float_type: FloatType, bundles: Bundles, tmp_path: Path
+    case: str, precision: str, float_type: FloatType, bundle: Bundles, tmp_path: Path
 ) -> None:
-    bundle = bundles(case, precision)
+    bundle = bundle(case, precision)
     trt = TensorRT("tensorrt-rtx")
     for part, entry in read_manifest(bundle).engines.items():
         graph = lowered(bundle, part, tmp_path, float_type)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,48 +36,22 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 8, "ignore_eos": True}
 FLOAT16 = 0.01  # relative error of logits; up to 0.004 here
 # GQA; MQA and scaled RoPE; a window; two masks and tied weights; rotations that depend on the whole call.
 LLAVA = ["clip-llama-v4", "clip-llama-native", "clip-mistral-window", "siglip-qwen2", "clip-padded-square"]  # fmt: skip
-OTHERS = {
-    "tiny_next": ["next-clip-mistral"],
-    "tiny_smolvlm": ["smolvlm-small-tiles"],
-    "tiny_blip2": ["blip2-opt", "blip2-t5", "instructblip-vicuna", "instructblip-t5"],
-    "tiny_idefics": ["idefics", "idefics-plain"],
-    "tiny_mllama": ["mllama", "mllama-native"],
-    "tiny_open_flamingo": ["gpt_neox", "mpt", "llama-every"],
-}
-FAMILIES = [("tiny", case) for case in LLAVA]
-FAMILIES += [(module, case) for module, cases in OTHERS.items() for case in cases]
-BUILDERS = {"tiny": "build", "tiny_next": "build", "tiny_smolvlm": "build_smol",
-            "tiny_blip2": "build_blip", "tiny_idefics": "build_idefics",
-            "tiny_mllama": "build_mllama", "tiny_open_flamingo": "build_open_flamingo"}  # fmt: skip
+FAMILIES = [
+    *LLAVA, "next-clip-mistral", "smolvlm-small-tiles", "blip2-opt", "blip2-t5", "instructblip-vicuna",
+    "instructblip-t5", "idefics", "idefics-plain", "mllama", "mllama-native", "gpt_neox", "mpt",
+    "llama-every",
+]  # fmt: skip
 INTEGRATED = {"tensorrt": False, "tensorrt-rtx": False, "tensorrt-10.3": True}  # as it mostly is
-NATIVE = ("tiny", "clip-llama-native")
+NATIVE = "clip-llama-native"
 ANSWERS = [(family, kind) for family in FAMILIES for kind in ("tensorrt-rtx", "tensorrt-10.3")]
-ANSWERS += [(NATIVE, "tensorrt"), (("tiny_idefics", "idefics"), "tensorrt")]
-Exported = Callable[[str, str], Path]
+ANSWERS += [(NATIVE, "tensorrt"), ("idefics", "tensorrt")]
+Bundles = Callable[..., Path]
 Make = Callable[..., Machine]
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """exported(module, case) -> bundle in full precision; do not write into it."""
-    from vlm_edge.export.pipeline import export
-
-    root = tmp_path_factory.mktemp("families")
-
-    def make(module: str, case: str) -> Path:
-        if module == "tiny_open_flamingo" and find_spec("open_flamingo") is None:
-            pytest.skip("requirements/open-flamingo.txt is not installed")
-        names = __import__("tiny" if module == "tiny_next" else module)
-        checkpoint = getattr(names, BUILDERS[module])(case, root / "checkpoints" / case)
-        export(checkpoint, root / case)
-        return root / case
-
-    return Cache(make)
-
-
-@pytest.fixture(scope="module")
-def on_cpu(exported: Exported) -> Callable[[str, str], VLM]:
-    return Cache(lambda *key: VLM.load(exported(*key), threads=1, check=False))
+def on_cpu(bundle: Bundles) -> Callable[[str], VLM]:
+    return Cache(lambda case: VLM.load(bundle(case), threads=1, check=False))
 
 
 @pytest.fixture
@@ -92,8 +65,8 @@ def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Make:
 
 
 @pytest.fixture
-def llava(exported: Exported) -> Path:
-    return exported(*NATIVE)
+def llava(bundle: Bundles) -> Path:
+    return bundle(NATIVE)
 
 
 def room_of(vlm: VLM) -> dict[str, Any]:
@@ -112,19 +85,17 @@ def prompts(pictures: dict[str, Path]) -> list[list[Path | str]]:
     return [[wide, "what is the color?"], [small, tall, "what?"], ["this and that"], [small, "a"]]
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"), ANSWERS, ids=lambda value: value if isinstance(value, str) else value[1]
-)
+@pytest.mark.parametrize(("case", "kind"), ANSWERS)
 def test_answers_are_those_of_the_cpu(
-    family: tuple[str, str],
+    case: str,
     kind: str,
     make: Make,
-    exported: Exported,
-    on_cpu: Callable[[str, str], VLM],
+    bundle: Bundles,
+    on_cpu: Callable[[str], VLM],
     pictures: dict[str, Path],
 ) -> None:
-    cpu, here = on_cpu(*family), make(kind)
-    with here.load(exported(*family), **room_of(cpu)) as vlm:
+    cpu, here = on_cpu(case), make(kind)
+    with here.load(bundle(case), **room_of(cpu)) as vlm:
         for prompt in prompts(pictures):
             expected = cpu.generate(prompt, **SETTINGS)
             found = vlm.generate(prompt, **SETTINGS)
@@ -139,7 +110,7 @@ def test_answers_are_those_of_the_cpu(
 def test_turns_of_a_chat_share_the_cache(
     kind: str, integrated: bool, make: Make, llava: Path, on_cpu: Any, pictures: dict[str, Path]
 ) -> None:
-    cpu, here = on_cpu(*NATIVE), make(kind, integrated=integrated)
+    cpu, here = on_cpu(NATIVE), make(kind, integrated=integrated)
     with here.load(llava, capacity=500, chunk=16) as vlm:
         chat, before = vlm.chat(), 0
         for text, names in (("what is this?", ["wide.png"]), ("and?", []), ("that?", ["tall.png"])):
@@ -150,28 +121,19 @@ def test_turns_of_a_chat_share_the_cache(
         assert ("cuMemHostGetDevicePointer" in here.gpu.calls) == integrated
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        NATIVE,
-        ("tiny", "clip-mistral-window"),
-        ("tiny_blip2", "blip2-t5"),
-        ("tiny_idefics", "idefics"),
-    ],
-    ids=lambda family: family[1],
-)
+@pytest.mark.parametrize("case", [NATIVE, "clip-mistral-window", "blip2-t5", "idefics"])
 @pytest.mark.parametrize("kind", ["tensorrt-rtx", "tensorrt-10.3"])
 def test_float16_engines_take_and_give_float32(
     kind: str,
-    family: tuple[str, str],
+    case: str,
     make: Make,
-    exported: Exported,
+    bundle: Bundles,
     on_cpu: Any,
     pictures: dict[str, Path],
 ) -> None:
-    cpu, here = on_cpu(*family), make(kind)
+    cpu, here = on_cpu(case), make(kind)
     built = cpu.build_prompt([pictures["wide.png"], "what is the color?"])
-    with here.load(exported(*family), float_type="float16", **room_of(cpu)) as vlm:
+    with here.load(bundle(case), float_type="float16", **room_of(cpu)) as vlm:
         inner = vlm.decoder if isinstance(vlm.decoder, TrtDecoder) else vlm.decoder.decoder
         assert inner._loaded.inputs["past.key.0"].dtype == np.float16
         expected, found = logits_of(cpu, built), logits_of(vlm, built)
@@ -203,7 +165,7 @@ def embeds_of(vlm: VLM, count: int) -> np.ndarray:
 def test_the_whole_capacity_is_used_and_no_more(
     kind: str, make: Make, llava: Path, on_cpu: Any
 ) -> None:
-    cpu, here = on_cpu(*NATIVE), make(kind)
+    cpu, here = on_cpu(NATIVE), make(kind)
     with here.load(llava, capacity=17, chunk=5) as vlm:
         assert vlm.decoder.capacity == 17
         for decoder in (vlm.decoder, cpu.decoder):
@@ -226,15 +188,15 @@ def test_the_whole_capacity_is_used_and_no_more(
         np.testing.assert_array_equal(vlm.decoder.decode(row), found[0])
 
 
-@pytest.mark.parametrize(("family", "case"), [("tiny", "clip-llama"), ("tiny_blip2", "blip2-t5")])
+@pytest.mark.parametrize("case", ["clip-llama", "blip2-t5"])
 def test_an_answer_without_room_is_refused_before_it_begins(
-    family: str, case: str, make: Make, exported: Exported
+    case: str, make: Make, bundle: Bundles
 ) -> None:
     here = make()
-    with here.load(exported(family, case), capacity=24) as vlm:
+    with here.load(bundle(case), capacity=24) as vlm:
         ask = {"prompt": "a b", "template": False, "ignore_eos": True}
         count = len(vlm.build_prompt("a b", template=False).token_ids)
-        read = 1 if family == "tiny_blip2" else count  # by the decoder, an encoder's prompt is not
+        read = 1 if case == "blip2-t5" else count  # by the decoder, an encoder's prompt is not
         most = 24 - read + 1
         before = len(here.gpu.calls)
         with pytest.raises(
@@ -245,11 +207,9 @@ def test_an_answer_without_room_is_refused_before_it_begins(
         assert len(vlm.generate(**ask, max_new_tokens=most).token_ids) == most
 
 
-def test_a_prompt_that_must_be_one_call_needs_a_chunk_as_long(
-    make: Make, exported: Exported
-) -> None:
+def test_a_prompt_that_must_be_one_call_needs_a_chunk_as_long(make: Make, bundle: Bundles) -> None:
     here = make()
-    with here.load(exported("tiny", "clip-padded-square"), capacity=40) as vlm:
+    with here.load(bundle("clip-padded-square"), capacity=40) as vlm:
         assert not vlm.decoder.keeps_prefix
         longest = vlm.decoder._loaded.inputs["inputs_embeds"]
         vlm.decoder._loaded.inputs["inputs_embeds"] = fake_trt.shortened(longest, 8)
@@ -258,17 +218,17 @@ def test_a_prompt_that_must_be_one_call_needs_a_chunk_as_long(
 
 
 def test_more_pictures_than_there_is_room_for(
-    make: Make, exported: Exported, pictures: dict[str, Path]
+    make: Make, bundle: Bundles, pictures: dict[str, Path]
 ) -> None:
     here, wide = make(), pictures["wide.png"]
-    with here.load(exported("tiny_idefics", "idefics"), capacity=90, images=2) as vlm:
+    with here.load(bundle("idefics"), capacity=90, images=2) as vlm:
         with pytest.raises(CapacityExceeded, match=r"takes 3, .* built for 2; .*--images 3"):
             vlm.generate([wide, "a", pictures["tall.png"], "b", pictures["small.png"]], **SETTINGS)
         vlm.generate([wide, "a", wide], **SETTINGS)
 
 
-def test_a_prompt_longer_than_an_encoder_takes(make: Make, exported: Exported) -> None:
-    with make().load(exported("tiny_blip2", "blip2-t5"), capacity=12) as vlm:
+def test_a_prompt_longer_than_an_encoder_takes(make: Make, bundle: Bundles) -> None:
+    with make().load(bundle("blip2-t5"), capacity=12) as vlm:
         with pytest.raises(
             CapacityExceeded, match=r"inputs_embeds of engine llm_encoder takes 13, .*--capacity 13"
         ):
@@ -310,10 +270,10 @@ def test_one_graph_serves_all_prompts(make: Make, llava: Path) -> None:
 
 
 def test_pictures_of_another_size_are_another_graph(
-    make: Make, exported: Exported, pictures: dict[str, Path]
+    make: Make, bundle: Bundles, pictures: dict[str, Path]
 ) -> None:
     here, wide = make(), pictures["wide.png"]
-    with here.load(exported("tiny_idefics", "idefics"), capacity=90, images=2) as vlm:
+    with here.load(bundle("idefics"), capacity=90, images=2) as vlm:
         for prompt in ([wide, "a"], [wide, "the"], [wide, "a", pictures["tall.png"]]):
             vlm.generate(prompt, **SETTINGS)
         assert here.gpu.calls.count("cuStreamBeginCapture") == 2
@@ -324,7 +284,7 @@ def test_an_engine_that_no_graph_can_hold(make: Make, llava: Path, on_cpu: Any) 
     here = make(uncapturable=True)
     with here.load(llava, capacity=60) as vlm:
         found = vlm.generate("what is this?", **SETTINGS).token_ids
-    assert found == on_cpu(*NATIVE).generate("what is this?", **SETTINGS).token_ids
+    assert found == on_cpu(NATIVE).generate("what is this?", **SETTINGS).token_ids
     assert here.gpu.calls.count("cuStreamBeginCapture") == 1  # it is not tried again
     assert "cuGraphLaunch" not in here.gpu.calls
 
@@ -356,8 +316,8 @@ def test_feeds_that_are_not_the_inputs(make: Make, llava: Path) -> None:
             vlm.vision.run({"pixel_values": pixels})
 
 
-def test_a_model_that_was_not_told_what_to_attend_to(make: Make, exported: Exported) -> None:
-    vlm = make().load(exported("tiny_idefics", "idefics"), capacity=40, images=1)
+def test_a_model_that_was_not_told_what_to_attend_to(make: Make, bundle: Bundles) -> None:
+    vlm = make().load(bundle("idefics"), capacity=40, images=1)
     with vlm, pytest.raises(EngineFailure, match="not told what to attend to"):
         vlm.decoder.prefill(embeds_of(vlm, 3))
 
