@@ -126,8 +126,9 @@ def export(
         budgets: how far quantization may move the outputs; None is each part's default.
         cache_dtype: of the language model's keys and values; int8 takes a quarter of the memory.
         tiling: overlapping tiles for a model that sees one tile; None leaves the model's own.
-        target: the engine that decides which layers are worth quantizing. What a layer takes on this CPU says
-            nothing of a GPU: for TensorRT layers are quantized by their error alone.
+        target: the engine that decides which layers are worth quantizing, and in which form. What a layer
+            takes on this CPU says nothing of a GPU: for TensorRT layers are quantized by their error alone,
+            and a language model's INT8 weights have a scale a column.
 
     Raises:
         CheckpointError, BundleExists, CalibrationError, SettingError.
@@ -336,8 +337,9 @@ def _write_calibrated(
         for name in language:
             part, kind = model.parts[name], precisions[name]
             steps.errors[name] = LANGUAGE[kind](
-                name, part, read[name], steps.folder, scratch, steps.tick, budgets.kl, steps.timed
-            )
+                name, part, read[name], steps.folder, scratch, steps.tick, budgets.kl, steps.timed,
+                columns=not steps.timed,  # the form that TensorRT multiplies as it is
+            )  # fmt: skip
             layers = steps.errors[name].get("layers")
             steps.entry(name, part, mixed.precision_of(layers) if layers else kind)
 

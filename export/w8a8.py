@@ -43,14 +43,20 @@ class W8A8:
     Args:
         ranges: as `StaticInt8` takes them; layers that share an input are all in it or none is.
         smoothing: float32 [in] by path, for both kinds.
+        columns: as in `WeightOnly`.
     """
 
-    def __init__(self, ranges: Mapping[str, float], smoothing: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        ranges: Mapping[str, float],
+        smoothing: Mapping[str, np.ndarray],
+        columns: bool = False,
+    ) -> None:
         static = {path: scales for path, scales in smoothing.items() if path in ranges}
         others = {path: scales for path, scales in smoothing.items() if path not in ranges}
         self._ranges = ranges
         self._static = StaticInt8(ranges, static)
-        self._blocks = WeightOnly(8, BLOCK, smoothing=others)
+        self._blocks = WeightOnly(8, BLOCK, smoothing=others, columns=columns)
 
     def product(self, path: str, weight: TensorRef) -> nn.Module:
         quantizer = self._static if path in self._ranges else self._blocks
@@ -66,6 +72,7 @@ def write_w8a8(
     progress: Progress,
     budget: float | None = None,
     timed: bool = True,
+    columns: bool = False,
 ) -> dict[str, Any]:
     """Write `<name>.onnx` with as many static layers as the budget allows.
 
@@ -73,6 +80,7 @@ def write_w8a8(
         budget: largest KL divergence to full precision, nats a token; None is BUDGET, and then no
             static layer is the nearest to it.
         timed: as elsewhere; nothing is timed here.
+        columns: as in `WeightOnly`, of the layers with float activations.
 
     Returns:
         What the manifest says: KL divergence and top-1 agreement on held-out prompts, the kinds of
@@ -96,7 +104,9 @@ def write_w8a8(
     tried: list[dict[str, Any]] = []
     for suffixes in STEPS:
         static = {path: peak for path, peak in ranges.items() if not path.endswith(suffixes)}
-        figures = judge.write(name, part, W8A8(static, smoothing), folder, "w8a8", progress)
+        figures = judge.write(
+            name, part, W8A8(static, smoothing, columns), folder, "w8a8", progress
+        )
         tried.append(
             {"float_activations": [s.removeprefix(".") or "all" for s in suffixes], **figures}
         )

@@ -42,6 +42,7 @@ def write_int4(
     progress: Progress,
     budget: float | None = None,
     timed: bool = True,
+    columns: bool = False,
 ) -> dict[str, Any]:
     """Write `<name>.onnx` in INT4 by GPTQ, with as much INT8 as the budget asks for.
 
@@ -53,6 +54,7 @@ def write_int4(
         budget: largest KL divergence to full precision, nats a token; None is BUDGET, and then the
             nearest that INT8 everywhere comes to it is taken.
         timed: as in `mixed.study`.
+        columns: as in `WeightOnly`.
 
     Returns:
         What the manifest says: method, KL divergence and top-1 agreement on held-out prompts, how many
@@ -72,7 +74,9 @@ def write_int4(
     paths = linear_layers(part) - part.keep8
 
     def quantizer(int8: frozenset[str]) -> WeightOnly:
-        return WeightOnly(BITS, BLOCK, part.keep8 | int8, rounded, BLOCK8, smoothing)
+        return WeightOnly(
+            BITS, BLOCK, part.keep8 | int8, rounded, BLOCK8, smoothing, columns=columns
+        )
 
     tried: list[dict[str, Any]] = []
 

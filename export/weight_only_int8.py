@@ -32,6 +32,7 @@ def write_int8(
     progress: Progress,
     budget: float | None = None,
     timed: bool = True,
+    columns: bool = False,
 ) -> dict[str, Any]:
     """Write `<name>.onnx` in INT8, inputs' outlying channels moved into the weights where that errs
     less: engines round activations to int8 too, a scale a block. Layers that the budget has no room
@@ -40,6 +41,7 @@ def write_int8(
     Args:
         budget: largest KL divergence to full precision, nats a token; None is BUDGET.
         timed: as in `mixed.study`.
+        columns: as in `WeightOnly`.
 
     Returns:
         What the manifest says: method, relative errors of the weights, KL divergence and top-1
@@ -58,9 +60,12 @@ def write_int8(
     judge = Judge.of(name, part, examples, states, scratch)
     candidates = {"nearest": {}, f"smooth-{STRENGTH * 100:.0f}": smoothing}
 
+    def quantized(method: str, exact: frozenset[str] = frozenset()) -> WeightOnly:
+        return WeightOnly(8, BLOCK, smoothing=candidates[method], exact=exact, columns=columns)
+
     @lru_cache(maxsize=1)  # what was written last lies there
     def write(method: str, exact: frozenset[str]) -> dict[str, Any]:
-        quantizer = WeightOnly(8, BLOCK, smoothing=candidates[method], exact=exact)
+        quantizer = quantized(method, exact)
         figures = judge.write(name, part, quantizer, folder, "int8", progress)
         errors = list(quantizer.errors.values()) or [0.0]
         weights = {"mean": sum(errors) / len(errors), "worst": max(errors)}
@@ -68,10 +73,7 @@ def write_int8(
 
     tried = {method: write(method, frozenset()) for method in candidates}
     best = min(tried, key=lambda method: tried[method]["kl"])
-    studied = study(
-        name, part, examples, lambda: WeightOnly(8, BLOCK, smoothing=candidates[best]),
-        scratch, progress, timed,
-    )  # fmt: skip
+    studied = study(name, part, examples, lambda: quantized(best), scratch, progress, timed)
     layers, exact = frozenset[str](), frozenset[str]()
     if studied is not None:
         layers = frozenset(studied.times)

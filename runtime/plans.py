@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import sys
 import time
@@ -154,7 +155,7 @@ class PlanStore:
         differs = nearest.key.differs(key)
         if differs:
             raise PlanMismatch(engine, self.folder, differs, command)
-        self._check(nearest, check)
+        self.check(nearest, check)
         return nearest
 
     def path(self, entry: PlanEntry) -> Path:
@@ -182,7 +183,12 @@ class PlanStore:
         _write(self.path(latest).with_suffix(".json"), to_json(latest))
         return latest
 
-    def _check(self, entry: PlanEntry, digest: bool) -> None:
+    def check(self, entry: PlanEntry, digest: bool = True) -> None:
+        """Compare a plan's file with its size and, with `digest`, its sha256.
+
+        Raises:
+            PlanDamaged: it is missing, cut short or changed.
+        """
         path = self.path(entry)
         if not path.is_file():
             raise PlanDamaged(path, "it is missing")
@@ -221,7 +227,10 @@ def _read(path: Path) -> PlanEntry:
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    part.replace(path)
+    """Whole or not at all; another process may be writing the same."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)  # the disk was full

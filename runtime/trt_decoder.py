@@ -210,7 +210,7 @@ class _Step:
         self._decoder, self._gpu = decoder, decoder._gpu
         loaded = decoder._loaded
         fixed = all(each.least[profile] == each.most[profile] for each in loaded.inputs.values())
-        self._context = Context(loaded, self._gpu, scratch, profile, fixed)
+        self._context = Context(loaded, self._gpu, scratch, profile, fixed, profile == DECODE)
         small = [name for name in (*SMALL, *SEEN, *decoder._windows) if name in loaded.inputs]
         self._inputs = {name: loaded.inputs[name] for name in small}
         most = {name: tensor.most[profile] for name, tensor in self._inputs.items()}

@@ -103,18 +103,27 @@ class Context:
         scratch: for activations, `LoadedEngine.scratch_bytes` or more; contexts that run one after
             another share it.
         fixed: do shapes stay as they are? Then TensorRT-RTX compiles kernels for them at once.
+        repeats: do many runs of the same shapes follow one another?
     """
 
     def __init__(
-        self, loaded: LoadedEngine, gpu: Gpu, scratch: DeviceMemory, profile: int, fixed: bool
+        self,
+        loaded: LoadedEngine,
+        gpu: Gpu,
+        scratch: DeviceMemory,
+        profile: int,
+        fixed: bool,
+        repeats: bool = False,
     ) -> None:
-        self._loaded, self._gpu = loaded, gpu
-        self._context = _create(loaded, fixed)
+        self._loaded, self._gpu, self._fixed = loaded, gpu, fixed
+        self._context = _create(loaded, fixed, repeats)
         if self._context is None:
             raise loaded.failure("no execution context")
         self._context.set_device_memory(scratch.address, scratch.size)
-        if not self._context.set_optimization_profile_async(profile, gpu.stream):
-            raise loaded.failure(f"profile {profile} is not there")
+        try:
+            self._context.set_optimization_profile_async(profile, gpu.stream)
+        except RuntimeError as error:  # its bindings make one of a refusal
+            raise loaded.failure(f"profile {profile} is refused") from error
         gpu.synchronize()
 
     def bind(self, name: str, address: int) -> None:
@@ -132,7 +141,9 @@ class Context:
         return tuple(self._context.get_tensor_shape(name))
 
     def capturable(self) -> bool:
-        """May a graph hold its runs? TensorRT cannot tell before it tries."""
+        """May a graph of ours hold its runs? TensorRT cannot tell before it tries."""
+        if _compiles(self._loaded.trt) and not self._fixed:
+            return False  # it would keep the kernels for any shape; TensorRT-RTX's own follows theirs
         if not hasattr(self._context, "is_stream_capturable"):
             return True
         return self._context.is_stream_capturable(self._gpu.stream)
@@ -144,17 +155,26 @@ class Context:
             raise self._loaded.failure("it does not run")
 
 
-def _create(loaded: LoadedEngine, fixed: bool) -> Any:
+def _compiles(trt: Any) -> bool:
+    """Is it TensorRT-RTX, which compiles kernels while it runs? TensorRT's were chosen by the builder."""
+    return hasattr(trt, "CudaGraphStrategy")
+
+
+def _create(loaded: LoadedEngine, fixed: bool, repeats: bool) -> Any:
     """An execution context without memory for activations."""
     trt, engine = loaded.trt, loaded.engine
     ours = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-    if not hasattr(trt, "CudaGraphStrategy"):  # TensorRT's kernels were chosen by the builder
+    if not _compiles(trt):
         return engine.create_execution_context(ours)
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(ours)
-    config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # ours hold the copies as well
+    # A graph of ours holds the copies as well; TensorRT-RTX records its own once a shape's kernels are
+    # compiled.
+    graphs = trt.CudaGraphStrategy
+    theirs = repeats and not fixed
+    config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if theirs else graphs.DISABLED
     # Compiling takes longer than a run: where every call may have another shape, a kernel for any shape
-    # serves until it is done. A graph would keep that one for good.
+    # serves until it is done.
     special = trt.DynamicShapesKernelSpecializationStrategy
     config.dynamic_shapes_kernel_specialization_strategy = special.EAGER if fixed else special.LAZY
     loaded.kernels.attach(config)

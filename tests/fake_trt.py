@@ -199,7 +199,7 @@ class RtxEngine(AliasingEngine):
 
     def create_execution_context(self, config: Any) -> Context:
         assert config.strategy is ExecutionContextAllocationStrategy.USER_MANAGED
-        assert config.cuda_graph_strategy is CudaGraphStrategy.DISABLED
+        assert config.cuda_graph_strategy in CudaGraphStrategy
         self.contexts.append(RtxContext(self))
         self.contexts[-1].config = config
         config.cache.kernels.add(",".join(self.values))
@@ -258,8 +258,11 @@ class Context:
         self._scratch = (memory, size)
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        if profile >= self._engine.num_optimization_profiles:
+            self._refuse(f"Profile index {profile} is out of range")
+            raise RuntimeError("Error in set optimization profile async.")  # as the bindings do
         self._profile, self._shapes = profile, {}
-        return profile < self._engine.num_optimization_profiles
+        return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._addresses[name] = memory
@@ -333,3 +336,12 @@ class Context:
 class RtxContext(Context):
     def is_stream_capturable(self, stream: int) -> bool:
         return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if self._engine.gpu.capturing:
+            config = self.config
+            assert config.cuda_graph_strategy is CudaGraphStrategy.DISABLED, "a graph in a graph"
+            eager = DynamicShapesKernelSpecializationStrategy.EAGER
+            if config.dynamic_shapes_kernel_specialization_strategy is not eager:
+                raise AssertionError("a graph would keep kernels that are exchanged later")
+        return super().execute_async_v3(stream)

@@ -294,7 +294,7 @@ def test_an_encoder_decoder_reads_the_prompt_once(
     loaded: Callable[[str], VLM], pictures: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm: Any = loaded("blip2-t5")
-    encoder, runs = vlm.decoder._encoder, []
+    encoder, runs = vlm.decoder.encoder, []
     original = encoder.run
 
     def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

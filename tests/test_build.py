@@ -100,6 +100,27 @@ def test_plans_are_kept_until_something_changes(
     assert not built and store.find("llm", any_room, "").key.profile == changed.profile
 
 
+@pytest.mark.parametrize("content", [None, b"ll", b"LLM"])
+def test_a_damaged_plan_is_built_anew(
+    content: bytes | None,
+    folder: Path,
+    built: list[worker.Order],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As the runtime's refusal of it promises: with the file removed, and without."""
+    build.build(folder, RTX, folder=tmp_path)
+    (plan,) = tmp_path.glob("llm-*.plan")
+    if content is None:
+        plan.unlink()
+    else:
+        plan.write_bytes(content)
+    built.clear()
+    build.build(folder, RTX, folder=tmp_path)
+    assert [order.engine for order in built] == ["llm"] and plan.read_bytes() == b"llm"
+    assert f"{plan.name} is damaged" in caplog.text
+
+
 def built_key(plans: Path, engine: str) -> PlanKey:
     """The key of what was built last."""
     return PlanStore(plans).entries(engine)[0].key
@@ -414,6 +435,16 @@ def test_networks_are_strongly_typed(flags: dict[str, int], expected: int) -> No
     assert api._flags(trt) == expected
 
 
+@needs_tensorrt
+def test_engines_take_no_memory_while_they_run() -> None:
+    """A CUDA graph can hold no allocation; TensorRT-RTX refuses to build what needs one."""
+    trt = api.TensorRT(RTX)
+    builder = trt._builder()
+    config = builder.create_builder_config()
+    trt._configure("llm", builder, config, api.BuildSettings((), ("8.6",)))
+    assert config.get_flag(trt._trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
 class TimingCache:
     """As TensorRT's: named by its GPU, with entries."""
 
@@ -464,6 +495,10 @@ def test_the_timing_cache_grows(tmp_path: Path) -> None:
             "add swap",
         ),
         (["std::bad_alloc"], "add swap"),
+        (
+            ["no tactics to implement it within workspace limit"],
+            "limit; give layers more with --workspace",
+        ),
         (["Could not find any implementation for node x."], "for node x.; another version"),
         ([], "it gives no reason; another version"),
     ],

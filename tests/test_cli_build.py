@@ -27,7 +27,7 @@ CHANGED = {"compute_capability": ("8.6", "12.0")}
 REPORT = BuildReport(
     Path("plans"), "tensorrt-rtx 1.7", "12.0", PlanProfile("float16", 640, 256),
     (
-        EngineReport("vision", "int8", 2_500_000, 12.34, CHANGED, Done(17, 18, 300 * 10**6)),
+        EngineReport("vision", "int8", 2_500_000, 12.34, CHANGED, Done(17, 18, 300 * 10**6, unpacked=2)),
         EngineReport("connector", "fp32", 1_000, 1.0, CHANGED, Done(0, 0, 0)),
         EngineReport("media_kv", "int8", 1_000, 1.0, {}, Done(None, 8, 0)),
         EngineReport("llm", "int4", 9_000_000, 7.0, {}, None),
@@ -87,6 +87,9 @@ def test_the_table(calls: list[tuple[Any, ...]]) -> None:
         in result.stdout
     )
     assert "vlm run b PICTURE -p QUESTION --device tensorrt-rtx --plans p\n" in result.stdout
+    spaced = vlm("build", "my b", "--device", "tensorrt-rtx", "-o", "my p").stdout
+    assert "vlm run 'my b' PICTURE -p QUESTION --device tensorrt-rtx --plans 'my p'\n" in spaced
+    assert "2 INT8 weights are in blocks, as the CPU wants them: vision makes" in result.stderr
     assert "build vision ..." in result.stderr
 
 
@@ -193,3 +196,8 @@ def test_an_absent_device_is_found_before_the_export(
 def test_a_compute_capability_is_tensorrts() -> None:
     result = vlm("export", "x", "--compute-capability", "8.6")
     assert result.exit_code == 2 and "belongs to --target" in result.stderr
+
+
+def test_an_int8_cache_is_refused_before_the_export() -> None:
+    result = vlm("export", "x", "--target", "tensorrt", "--kv-cache", "int8")
+    assert result.exit_code == 2 and "TensorRT has no int8 cache" in result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -375,3 +376,17 @@ def test_the_command_refuses_what_does_not_fit(
     assert (
         "toy has about 0.1 GB for it; the largest part is the CUDA and the process" in result.stderr
     )
+
+
+@pytest.mark.parametrize("version", ["10", "11.", "x.y", ""])
+def test_the_command_wants_a_whole_version(version: str, bundle: Callable[..., Path]) -> None:
+    result = CliRunner().invoke(plan, [str(bundle("clip-llama")), "--tensorrt", version])
+    assert result.exit_code == 2 and "such as 10.3" in result.stderr
+
+
+def test_the_command_reads_no_damaged_graph(bundle: Callable[..., Path], tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(bundle("clip-llama"), tmp_path / "copy"))
+    graph = (copy / "llm.onnx").read_bytes()
+    (copy / "llm.onnx").write_bytes(graph.replace(b"llm", b"lln", 1))
+    result = CliRunner().invoke(plan, [str(copy)])
+    assert result.exit_code == 1 and "llm.onnx differs from the sha256" in result.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 
@@ -126,6 +127,21 @@ def test_a_damaged_description_is_named(change, why: str, store: PlanStore) -> N
     path.write_text(change(path.read_text()))
     with pytest.raises(PlanDamaged, match=why):
         store.find("llm", KEY, COMMAND)
+
+
+def test_a_description_that_is_not_written_leaves_nothing(
+    store: PlanStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = add(store)
+    before = sorted(store.folder.iterdir())
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        store.prefer(entry)
+    assert sorted(store.folder.iterdir()) == before and store.find("llm", KEY, COMMAND) == entry
 
 
 def test_a_plan_without_its_description_does_not_count(store: PlanStore) -> None:

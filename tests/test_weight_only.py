@@ -323,3 +323,26 @@ def test_gptq_beats_rounding_to_nearest(
         for name in ("exact", "nearest")
     )
     assert said["kl"] < 0.8 * divergence(zip(found, exact, strict=True)).kl
+
+
+@pytest.mark.parametrize("write", [weight_only_int8.write_int8, weight_only_int4.write_int4])
+def test_weights_for_tensorrt_have_a_scale_a_column(
+    write: Callable[..., dict[str, Any]], subject: Callable[[str], Subject], tmp_path: Path
+) -> None:
+    """Those in INT8, which under INT4 are the head's and what the budget asks for."""
+    it, scratch = subject("clip-mistral-window"), tmp_path / "scratch"
+    scratch.mkdir()
+    said = write(
+        "llm", it.part, it.examples((3, 7)), tmp_path, scratch, quiet, timed=False, columns=True
+    )
+    assert not any("ms_float" in layer for layer in said["layers"].values())
+    graph = ir.load(tmp_path / "llm.onnx").graph
+    found = [
+        [value.const_value.numpy() for value in node.inputs[:2]]
+        for node in graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0].dtype == ir.DataType.INT8
+    ]
+    assert len(found) == sum(row["precision"] == "int8" for row in said["layers"].values()) > 0
+    for values, scales in found:
+        assert scales.shape == (1, values.shape[1])
+        assert (np.abs(values).max(axis=0) == 127).all()

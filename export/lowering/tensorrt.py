@@ -1,5 +1,5 @@
-"""For TensorRT: a cache of fixed capacity, float16 where asked, one scale a column instead of one block;
-and the profiles.
+"""For TensorRT: a cache of fixed capacity, float16 where asked, INT8 weights of language models in the form
+that it multiplies as they are; and the profiles.
 
 TensorRT reads everything else of the portable graph as it is (`tests/test_tensorrt_rtx.py`). Attention in
 float32 has no fused kernel there: whoever builds an engine marks it as decomposable.
@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
 
 from vlm_edge.errors import EngineFailure
+from vlm_edge.export.lowering import rewrite
 from vlm_edge.export.lowering.half import half
 from vlm_edge.runtime.manifest import TensorSpec
 from vlm_edge.runtime.plans import PlanProfile
@@ -38,7 +41,7 @@ def lower(portable: Path, folder: Path, profile: PlanProfile) -> Path:
         reason = "TensorRT has no int8 cache (TensorScatter); export with --kv-cache float32"
         raise EngineFailure(portable.stem, reason)
     freeze_capacity(model.graph, profile.capacity)
-    columns_for_blocks(model.graph)
+    one_scale_a_weight(model.graph, folder / f"{portable.stem}.joined.data")
     if profile.float_type == "float16":
         half(model)
     path = folder / portable.name
@@ -112,27 +115,113 @@ def _is_capacity(dimension: int | ir.SymbolicDim) -> bool:
     return isinstance(dimension, ir.SymbolicDim) and dimension.value == CAPACITY
 
 
-def columns_for_blocks(graph: ir.Graph) -> int:
-    """INT8 weights whose one block is the whole width get a scale a column, which is the same; how
-    many. TensorRT-RTX 1.7 fails to compile several blockwise ones that share their input."""
+def one_scale_a_weight(graph: ir.Graph, joined: Path) -> int:
+    """INT8 weights with one scale a column: one scale for the whole weight before the product, the columns'
+    own, relative to it, behind; how many.
+
+    TensorRT-RTX 1.7 reads a weight of this form inside the product. Any other INT8 weight it unpacks into
+    memory first, in every call, which takes longer than reading float16 would (`blockwise`). It would also
+    make one product of those that read the same input, and their scales a vector again, so they are one
+    here.
+
+    Args:
+        joined: file for the weights of such products.
+    """
     found = [node for node in graph if _one_block(node)]
+    groups: dict[ir.Value | None, list[ir.Node]] = {}
     for node in found:
-        old = node.inputs[1]
-        assert old is not None and old.name is not None and old.const_value is not None
-        scales = ir.Tensor(old.const_value.numpy()[0], name=f"{old.name}.columns")
-        new = ir.Value(
-            name=scales.name,
-            shape=scales.shape,
-            type=ir.TensorType(scales.dtype),
-            const_value=scales,
-        )
-        graph.register_initializer(new)
-        node.replace_input_with(1, new)
-        if not old.uses():
-            del graph.initializers[old.name]
-        del node.attributes["block_size"]
-        node.attributes["axis"] = ir.AttrInt64("axis", 1)
+        groups.setdefault(_product(node).inputs[0], []).append(node)
+    with joined.open("wb") as file:
+        for nodes in groups.values():
+            _one_product(graph, nodes, file)
+    if not joined.stat().st_size:
+        joined.unlink()
     return len(found)
+
+
+def _one_product(graph: ir.Graph, nodes: list[ir.Node], file: BinaryIO) -> None:
+    """One product in place of all that multiply their common input with what `nodes` dequantize."""
+    products, columns = [_product(node) for node in nodes], [_columns(node) for node in nodes]
+    whole, relative = _relative(columns)
+    name, source, weight = products[0].name, products[0].inputs[0], nodes[0].inputs[0]
+    if len(nodes) > 1:
+        weight = _joined(graph, f"{name}/weight", [node.inputs[0] for node in nodes], file)
+    scale = _constant(graph, f"{name}/scale", whole)
+    floats = ir.node("DequantizeLinear", [weight, scale], name=f"{name}/Dequantize")
+    product = ir.node("MatMul", [source, floats.outputs[0]], name=name)
+    factors = _constant(graph, f"{name}/columns", relative)
+    scaled = ir.node("Mul", [product.outputs[0], factors], name=f"{name}/Mul")
+    added, outputs = [floats, product, scaled], scaled.outputs
+    if len(nodes) > 1:
+        sizes = _constant(graph, f"{name}/sizes", np.array([len(scales) for scales in columns]))
+        split = ir.node(
+            "Split", [scaled.outputs[0], sizes], {"axis": -1}, num_outputs=len(nodes),
+            name=f"{name}/Split",
+        )  # fmt: skip
+        added, outputs = [*added, split], split.outputs
+    for node in added:
+        for value in node.outputs:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    reading = set(products)
+    graph.insert_before(next(node for node in graph if node in reading), added)
+    for node, old, new in zip(nodes, products, outputs, strict=True):
+        rewrite.take_over(old.outputs[0], new)
+        scales = node.inputs[1]
+        graph.remove([old, node], safe=True)
+        if scales is not None and not scales.uses():
+            del graph.initializers[str(scales.name)]
+
+
+def _relative(columns: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The largest scale, float32 [], and all over it, [out]."""
+    every = np.concatenate(columns)
+    return np.asarray(every.max(), np.float32), every / every.max()
+
+
+def _joined(
+    graph: ir.Graph, name: str, weights: Sequence[ir.Value | None], file: BinaryIO
+) -> ir.Value:
+    """Weights [in, out] side by side, at the end of `file`; the graph forgets them."""
+    arrays = []
+    for weight in weights:
+        assert weight is not None and weight.const_value is not None
+        arrays.append(rewrite.values(weight.const_value))
+    offset, both = file.tell(), np.concatenate(arrays, axis=1)
+    file.write(both.tobytes())
+    path = Path(file.name)
+    tensor = ir.ExternalTensor(
+        path.name, offset, both.nbytes, ir.DataType.INT8,
+        shape=ir.Shape(both.shape), name=name, base_dir=str(path.parent),
+    )  # fmt: skip
+    return rewrite.initializer(graph, name, tensor)
+
+
+def _product(node: ir.Node) -> ir.Node:
+    """The one that multiplies with the weight."""
+    (product,) = node.outputs[0].consumers()
+    return product
+
+
+def _columns(node: ir.Node) -> np.ndarray:
+    """float32 [out], the weight's scales."""
+    scales = node.inputs[1]
+    assert scales is not None and scales.const_value is not None
+    return rewrite.values(scales.const_value)[0]
+
+
+def _constant(graph: ir.Graph, name: str, values: np.ndarray) -> ir.Value:
+    return rewrite.initializer(graph, name, ir.Tensor(values, name=name))
+
+
+def blockwise(graph: ir.Graph) -> int:
+    """INT8 weights with a scale a block, which TensorRT unpacks in every call."""
+    return sum(
+        node.op_type == "DequantizeLinear"
+        and "block_size" in node.attributes
+        and node.inputs[0] is not None
+        and node.inputs[0].dtype == ir.DataType.INT8
+        for node in graph
+    )
 
 
 def _one_block(node: ir.Node) -> bool:

@@ -114,11 +114,13 @@ def _quantized(value: ir.Value) -> bool:
 
 
 def _write_floats(node: ir.Node, file: BinaryIO) -> int:
-    """Values [in, out] times their scales, [in / block, out] or [out]; where they begin in the file."""
+    """Values [in, out] times their scales, [in / block, out], [out] or one; where they begin in the file."""
     values, output = node.inputs[0], node.outputs[0]
     assert values is not None and values.const_value is not None and output.dtype is not None
     integers = values.const_value.numpy()  # of the mapped file
-    scales = _scales(node).reshape(-1, integers.shape[1]).astype(np.float32)
+    scales = _scales(node).astype(np.float32)
+    if scales.ndim < 2:
+        scales = np.broadcast_to(scales, (1, integers.shape[1]))
     block = len(integers) // len(scales)
     file.seek(-(-file.tell() // ALIGNMENT) * ALIGNMENT)
     offset, step = file.tell(), max(1, ROWS_BYTES // (4 * integers.shape[1]))

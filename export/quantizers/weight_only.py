@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from vlm_edge.export.checkpoint import CHUNK_BYTES, TensorRef
 from vlm_edge.export.quantizers.rounding import (
     best_scales,
     block_size,
+    channel_scales,
     refuse_not_finite,
     rounded,
     scaled,
@@ -36,6 +37,8 @@ class WeightOnly:
             `rounded` are already. Layers that share an input share it. Engines round activations too
             (ONNX Runtime to int8, a scale a block), so it pays where weights alone would not need it.
         exact: layers that stay in float32.
+        columns: 8-bit weights have a scale for each output instead of blocks; what TensorRT multiplies
+            without unpacking it first.
 
     Attributes:
         errors: relative error of each weight rounded to nearest, once it has been written.
@@ -50,8 +53,10 @@ class WeightOnly:
         block8: int | None = None,
         smoothing: Mapping[str, np.ndarray] | None = None,
         exact: Collection[str] = (),
+        columns: bool = False,
     ) -> None:
         self._bits, self._block, self._keep8, self._exact = bits, block, keep8, frozenset(exact)
+        self._columns = columns
         self._block8 = block8 or block
         self._rounded, self._smoothing = rounded or {}, Smoothing(smoothing or {})
         self.errors: Errors = {}
@@ -66,10 +71,13 @@ class WeightOnly:
             shape, blocks = known.values.shape, len(known.scales)
             values, scales = (lambda: [known.values]), (lambda: [known.scales])
             return product(shape, bits, shape[0] // blocks, values, scales)
-        block = block_size(weight.shape[1], self._block8 if bits == 8 else self._block)
         factors = self._smoothing.factors.get(path)
-        source = _Blocks(path, weight, bits, block, factors, self.errors)
         shape = weight.shape[1], weight.shape[0]
+        if bits == 8 and self._columns:
+            whole = _Columns(path, weight, factors, self.errors)
+            return product(shape, bits, shape[0], whole.values, whole.scales)
+        block = block_size(shape[0], self._block8 if bits == 8 else self._block)
+        source = _Blocks(path, weight, bits, block, factors, self.errors)
         return product(shape, bits, block, source.values, source.scales)
 
 
@@ -112,6 +120,37 @@ class _BlockProduct(nn.Module):
 
 
 Errors = dict[str, float]  # relative weight error (root mean square) by layer path
+
+
+@dataclass
+class _Columns:
+    """One weight with a scale for each output, which take a pass of their own over it."""
+
+    path: str
+    weight: TensorRef
+    smoothing: np.ndarray | None
+    errors: Errors
+
+    def values(self) -> Iterator[np.ndarray]:
+        error = norm = 0.0
+        step = max(1, CHUNK_BYTES // (16 * self.weight.shape[0]))  # several copies of it are held
+        for rows in scaled(self.weight, self.smoothing, step):  # [step, out]
+            values = rounded(rows, self._scales, 8)
+            error += float(np.square(values * self._scales - rows).sum(dtype=np.float64))
+            norm += float(np.square(rows).sum(dtype=np.float64))
+            yield values.astype(np.int8)
+        self.errors[self.path] = (error / norm) ** 0.5 if norm else 0.0
+
+    def scales(self) -> Iterator[np.ndarray]:
+        yield self._scales[None]
+
+    @cached_property
+    def _scales(self) -> np.ndarray:
+        """float32 [out]."""
+        factors = self.smoothing
+        if factors is None:
+            factors = np.ones(self.weight.shape[1], np.float32)
+        return channel_scales(self.weight, factors)
 
 
 @dataclass

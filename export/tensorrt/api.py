@@ -25,6 +25,7 @@ OUT_OF_MEMORY = re.compile(r"out ?of ?memory|bad_alloc|cudaError(?:MemoryAllocat
 MEMORY_WAYS = (
     "close other programs, add swap, or ask for less with --workspace, --capacity or --chunk"
 )
+WORKSPACE_WAYS = "give layers more with --workspace"
 OTHER_WAYS = (
     "another version of TensorRT may have it; without it the bundle runs with --device cuda or cpu"
 )
@@ -183,6 +184,10 @@ class TensorRT:
                 self.check(capability)
                 name = f"SM{capability.replace('.', '')}"
                 config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+        if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+            # Else an engine may take memory while it runs, which a CUDA graph cannot hold; one that
+            # has to is refused.
+            config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         for shapes in settings.profiles:
             profile = builder.create_optimization_profile()
             for name, span in shapes.items():
@@ -304,4 +309,6 @@ def _build_errors(errors: Sequence[str]) -> str:
     text = "; ".join(" ".join(error.split()) for error in errors[:2])
     if OUT_OF_MEMORY.search(text):
         return f"out of memory ({text}); {MEMORY_WAYS}"
+    if "workspace" in text.lower():
+        return f"{text}; {WORKSPACE_WAYS}"
     return f"{text or 'it gives no reason'}; {OTHER_WAYS}"

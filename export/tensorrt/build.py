@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlm_edge.errors import DeviceUnavailable, ExtraMissing, SettingError
+from vlm_edge.errors import DeviceUnavailable, ExtraMissing, PlanDamaged, SettingError
 from vlm_edge.export.tensorrt import memory, planner, worker
 from vlm_edge.export.tensorrt.api import RTX, TensorRT
 from vlm_edge.runtime.bundle import Bundle
@@ -27,6 +28,8 @@ from vlm_edge.runtime.plans import (
 )
 from vlm_edge.runtime.tiling.settings import Mllama
 from vlm_edge.runtime.trt import picture_positions
+
+log = logging.getLogger(__name__)
 
 CAPACITY = 4096  # positions at most, unless more are asked for
 UNBOUND_CAPACITY = 2048  # of a model whose positions have no bound
@@ -127,7 +130,7 @@ def build(
         DeviceUnavailable: TensorRT is not installed, or a GPU is needed and absent.
         MemoryShort: there is not enough memory, as far as can be known before.
         BuildFailed, EngineFailure: TensorRT refuses an engine, or memory is out.
-        PlanDamaged: a file of the folder is not what it should be.
+        PlanDamaged: a description in the folder is not what it should be; a damaged plan is built anew.
     """
     tick: Progress = progress or (lambda step, done, total: None)
     options = options or BuildOptions()
@@ -159,7 +162,7 @@ def build(
     for name, key in keys.items():
         changed, done = changes[name], None
         if changed == {}:
-            plan = store.prefer(store.find(name, key, "vlm build"))
+            plan = store.prefer(store.find(name, key, "vlm build", check=False))
             tick(f"keep {name}", 1, 1)
         else:
             plan, done = _build(opened, name, store, key, workspace, device, tick)
@@ -213,9 +216,19 @@ def profile_of(manifest: Manifest, options: BuildOptions) -> PlanProfile:
 
 
 def _changed(store: PlanStore, engine: str, key: PlanKey) -> dict[str, tuple[str, str]] | None:
-    """What differs from the nearest plan: {} for one that fits, None where there is none."""
+    """What differs from the nearest plan: {} for one that fits, None where there is none, or the one that
+    fits is damaged."""
     nearest = store.nearest(engine, key)
-    return None if nearest is None else nearest.key.differs(key)
+    if nearest is None:
+        return None
+    differs = nearest.key.differs(key)
+    if not differs:
+        try:
+            store.check(nearest)
+        except PlanDamaged as error:
+            log.warning("%s", error)
+            return None
+    return differs
 
 
 def _build(

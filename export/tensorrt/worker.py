@@ -5,7 +5,7 @@
 The order comes as JSON on stdin (`Order`); answers go to stdout, one JSON object a line:
 
     {"progress": [done, total]}
-    {"done": {"int8_found": n, "int8_promised": n, "peak": bytes}}
+    {"done": {"int8_found": n, "int8_promised": n, "peak": bytes, "unpacked": n}}
     {"error": kind, "sentence": text, "traceback": text}, or {"os": [number, text, file]}
 """
 
@@ -68,11 +68,13 @@ class Done:
         int8_found, int8_promised: products of the graph that multiply INT8 by INT8 in the engine, and that
             are quantized so in the graph. The first is None where TensorRT did not list its layers.
         peak: the largest anonymous memory of the process, bytes.
+        unpacked: INT8 weights in blocks, which the engine makes floats of in every call.
     """
 
     int8_found: int | None
     int8_promised: int
     peak: int
+    unpacked: int = 0
 
 
 def build(order: Order, progress: Progress) -> Done:
@@ -173,7 +175,8 @@ def perform(order: Order, progress: Progress) -> Done:
     with PeakMemory() as memory:
         trt = api.TensorRT(order.device)
         graph = trt.lower(Path(order.portable), plan.parent, order.profile)
-        promised = layers.promised(ir.load(graph).graph)
+        lowered = ir.load(graph).graph
+        promised, unpacked = layers.promised(lowered), tensorrt.blockwise(lowered)
         how = api.BuildSettings(
             profiles=tensorrt.profiles(order.inputs, order.profile, order.picture),
             compute_capabilities=(order.compute_capability,),
@@ -183,7 +186,7 @@ def perform(order: Order, progress: Progress) -> Done:
         built = trt.build(order.engine, graph, how, progress)
         plan.write_bytes(built.plan)
     found = len(built.int8_products & promised) if built.layers else None
-    return Done(found, len(promised), memory.peak)
+    return Done(found, len(promised), memory.peak, unpacked)
 
 
 def _complain(answer: Callable[..., None], error: VlmEdgeError) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,17 +142,29 @@ def show(report: BuildReport, bundle: Path, device: str, folder: Path | None) ->
     console.print(table)
     for why, engines in _reasons(report).items():
         console.print(f"{', '.join(engines)}: {why}", soft_wrap=True, markup=False, highlight=False)
+    for engine in report.engines:
+        if engine.done is not None and engine.done.unpacked:
+            click.echo(f"warning: {unpacked(engine.engine, engine.done.unpacked)}", err=True)
     console.print(
         f"{report.tensorrt}, compute capability {report.compute_capability}, {report.profile}",
         soft_wrap=True,
         markup=False,
         highlight=False,
     )
-    plans = "" if folder is None else f" --plans {folder}"
+    plans = "" if folder is None else f" --plans {shlex.quote(str(folder))}"
     console.print(
-        f"Ask it: vlm run {bundle} PICTURE -p QUESTION --device {device}{plans}",
+        f"Ask it: vlm run {shlex.quote(str(bundle))} PICTURE -p QUESTION --device {device}{plans}",
         soft_wrap=True,
         markup=False,
+    )
+
+
+def unpacked(engine: str, count: int) -> str:
+    """What INT8 weights in blocks cost."""
+    weights = "weights are" if count > 1 else "weight is"
+    return (
+        f"{count} INT8 {weights} in blocks, as the CPU wants them: {engine} makes floats of them in every "
+        "call; `vlm export --target tensorrt` writes the form that TensorRT multiplies as it is"
     )
 
 

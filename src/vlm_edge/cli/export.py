@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,9 @@ def export(
     if target == "cpu" and compute_capability is not None:
         raise click.UsageError("--compute-capability belongs to --target tensorrt or tensorrt-rtx")
 
+    if target != "cpu" and kv_cache == "int8":
+        raise click.UsageError("--kv-cache int8: TensorRT has no int8 cache; leave it out")
+
     from vlm_edge.export.pipeline import export as export_bundle
     from vlm_edge.export.precision import Budgets, PrecisionPlan
     from vlm_edge.export.tiling import MERGE, OVERLAP, OverlapOrder
@@ -225,7 +229,9 @@ def show(report: ExportReport) -> None:
     for warning in report.warnings:
         click.echo(f"warning: {warning}", err=True)
     console.print(
-        f"Ask it: vlm run {report.bundle} PICTURE -p QUESTION", soft_wrap=True, markup=False
+        f"Ask it: vlm run {shlex.quote(str(report.bundle))} PICTURE -p QUESTION",
+        soft_wrap=True,
+        markup=False,
     )
 
 

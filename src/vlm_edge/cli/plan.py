@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import click
 from vlm_edge.cli import options
 from vlm_edge.cli.build import FLOATS
 from vlm_edge.cli.guard import Command
+from vlm_edge.errors import SettingError
 
 if TYPE_CHECKING:
     from vlm_edge.export.tensorrt.planner import Memory
@@ -60,9 +62,11 @@ def plan(
     from vlm_edge.export.lowering import trt10
     from vlm_edge.export.tensorrt import memory, planner
     from vlm_edge.export.tensorrt.build import BuildOptions, profile_of
-    from vlm_edge.runtime.manifest import read_manifest
+    from vlm_edge.runtime.bundle import Bundle
 
-    manifest = read_manifest(bundle)
+    if version is not None and not re.fullmatch(r"\d+(\.\d+)+", version):
+        raise SettingError(f"--tensorrt {version}; give at least two numbers, such as 10.3")
+    manifest = Bundle(bundle).manifest
     free = memory.available() if board is None else planner.budget(board)
     profile = profile_of(manifest, BuildOptions(float_type=float_type, **sizes))
     old = version is not None and trt10.needed(version)
