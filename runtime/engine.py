@@ -92,7 +92,7 @@ def open_engines(
         check: compare these with their sha256.
 
     Raises:
-        SettingError: no such device.
+        SettingError: no such device, or plans for one that has none.
         DeviceUnavailable: the device is absent. Nothing falls back to another one.
         ExtraMissing: the package that runs on it is not installed.
     """
@@ -102,6 +102,10 @@ def open_engines(
         from vlm_edge.runtime import trt
 
         return trt.open_engines(bundle, device, plans, check)
+    if plans is not None:
+        raise SettingError(
+            f"plans are TensorRT's, for device tensorrt or tensorrt-rtx; not for {device}"
+        )
     if device == "cuda" and importlib.util.find_spec("onnxruntime") is None:
         raise ExtraMissing("gpu", "onnxruntime-gpu", "running a bundle on a GPU")
     from vlm_edge.runtime import ort, ort_decoder

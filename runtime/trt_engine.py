@@ -142,8 +142,9 @@ class Context:
 
     def capturable(self) -> bool:
         """May a graph of ours hold its runs? TensorRT cannot tell before it tries."""
+        # It would keep kernels that are exchanged when better ones are compiled.
         if _compiles(self._loaded.trt) and not self._fixed:
-            return False  # it would keep the kernels for any shape; TensorRT-RTX's own follows theirs
+            return False
         if not hasattr(self._context, "is_stream_capturable"):
             return True
         return self._context.is_stream_capturable(self._gpu.stream)

@@ -38,7 +38,10 @@ class KernelCache:
         """Write what has been compiled since they were read."""
         if self._cache is None:
             return
-        blob = bytes(memoryview(self._cache.serialize()))
+        serialized = self._cache.serialize()
+        if serialized is None:  # it failed, and its log says why
+            return
+        blob = bytes(memoryview(serialized))
         if blob == self._kept:
             return
         with contextlib.suppress(OSError):

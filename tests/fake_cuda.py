@@ -9,6 +9,7 @@ wrong. Memory that was freed, or bytes beyond an allocation, raise AssertionErro
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -81,7 +82,7 @@ class FakeGpu:
         self._queue: list[Callable[[], None]] = []
         self._recorded: list[Callable[[], None]] | None = None
         self._broken = False  # the capture has met what cannot be captured
-        self._current: int | None = None
+        self._current = dict[int, int]()  # context by thread
         self._retained = 0
         self.streams, self.graphs, self.executables = 0, set[int](), dict[int, list[Any]]()
         self._handles = iter(range(1000, 1_000_000))
@@ -101,7 +102,7 @@ class FakeGpu:
         self.arguments[name] = args
         if name in self.failing:
             return (self.failing[name], None)
-        if name.startswith(("cuMem", "cuStream", "cuGraph")) and self._current is None:
+        if name.startswith(("cuMem", "cuStream", "cuGraph")) and not self.has_context:
             return (CUresult.CUDA_ERROR_INVALID_CONTEXT, None)
         return function(*args)
 
@@ -133,6 +134,11 @@ class FakeGpu:
             self._broken = True
         else:
             self._recorded.append(work)
+
+    @property
+    def has_context(self) -> bool:
+        """Has this thread a context?"""
+        return threading.get_ident() in self._current
 
     @property
     def capturing(self) -> bool:
@@ -170,7 +176,7 @@ class FakeGpu:
         return (OK,)
 
     def cuCtxSetCurrent(self, context: int) -> Any:
-        self._current = context
+        self._current[threading.get_ident()] = context
         return (OK,)
 
     def cuMemGetInfo(self) -> Any:

@@ -112,6 +112,7 @@ class Runtime:
         self._gpu, self._log, self._kind, self._version = gpu, log, kind, version
 
     def deserialize_cuda_engine(self, blob: Any) -> Any:
+        assert self._gpu.has_context, "weights would go to a context of TensorRT's own"
         try:
             plan = json.loads(memoryview(blob).tobytes())
         except ValueError:
@@ -258,6 +259,7 @@ class Context:
         self._scratch = (memory, size)
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        assert self._engine.gpu.has_context
         if profile >= self._engine.num_optimization_profiles:
             self._refuse(f"Profile index {profile} is out of range")
             raise RuntimeError("Error in set optimization profile async.")  # as the bindings do
@@ -289,6 +291,7 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         engine = self._engine
+        assert engine.gpu.has_context, "this thread has no context"
         missing = sorted(engine.values.keys() - self._addresses.keys())
         missing += sorted(engine.inputs.keys() - self._shapes.keys())
         if missing:

@@ -436,13 +436,17 @@ def test_networks_are_strongly_typed(flags: dict[str, int], expected: int) -> No
 
 
 @needs_tensorrt
-def test_engines_take_no_memory_while_they_run() -> None:
-    """A CUDA graph can hold no allocation; TensorRT-RTX refuses to build what needs one."""
+@pytest.mark.parametrize("tf32", [True, False])
+def test_flags_of_the_builder(tf32: bool) -> None:
+    """A CUDA graph can hold no allocation (TensorRT-RTX refuses to build what needs one); float32 is all of
+    it where it was asked for."""
     trt = api.TensorRT(RTX)
     builder = trt._builder()
     config = builder.create_builder_config()
-    trt._configure("llm", builder, config, api.BuildSettings((), ("8.6",)))
-    assert config.get_flag(trt._trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    trt._configure("llm", builder, config, api.BuildSettings((), ("8.6",), tf32=tf32))
+    flags = trt._trt.BuilderFlag
+    assert config.get_flag(flags.REQUIRE_USER_ALLOCATION)
+    assert config.get_flag(flags.TF32) == tf32
 
 
 class TimingCache:

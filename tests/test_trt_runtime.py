@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,19 @@ def test_clearing_forgets_values_that_are_no_numbers(
         assert vlm.generate("what is this?", **SETTINGS).token_ids == expected
 
 
+@pytest.mark.parametrize("kind", VERSIONS)
+def test_another_thread_may_ask(kind: str, make: Make, llava: Path) -> None:
+    here = make(kind)
+    vlm = here.load(llava, capacity=60)
+    expected = vlm.generate("what is this?", **SETTINGS).token_ids
+    with ThreadPoolExecutor(1) as thread:
+        found = thread.submit(lambda: vlm.generate("what is this?", **SETTINGS).token_ids)
+        assert found.result() == expected
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(vlm.close).result()
+    assert here.gpu.clean
+
+
 def test_one_graph_serves_all_prompts(make: Make, llava: Path) -> None:
     here = make()
     with here.load(llava, capacity=60) as vlm:
@@ -416,6 +430,9 @@ def test_kernels_that_were_compiled_are_kept(make: Make, llava: Path) -> None:
     kept.write_bytes(b"of another version")
     kernels()
     assert kept.read_bytes() == first
+    with VLM.load(llava, device="tensorrt-rtx", plans=plans, check=False) as vlm:
+        vlm.decoder._loaded.kernels._cache.serialize = lambda: None  # as where it fails
+    assert kept.read_bytes() == first
     with make("tensorrt").load(llava, capacity=40) as vlm:
         folder = vlm.decoder._loaded.kernels._path.parent
     assert not list(folder.glob("kernels-*"))  # TensorRT's plans are finished
@@ -468,11 +485,11 @@ def test_a_decoder_needs_both_profiles(make: Make, llava: Path) -> None:
 def test_a_profile_that_is_refused(make: Make, llava: Path) -> None:
     here = make()
     with here.load(llava, capacity=40) as vlm:
-        inner = vlm.vision
-        with pytest.raises(
-            EngineFailure, match=r"vision failed: profile 1 is refused \(Profile index 1 is out"
-        ):
-            Context(inner._loaded, inner._gpu, inner._gpu.allocate(fake_trt.SCRATCH, "activations"), profile=1, fixed=False)
+        loaded, gpu = vlm.vision._loaded, vlm.vision._gpu
+        scratch = gpu.allocate(fake_trt.SCRATCH, "activations")
+        sentence = r"vision failed: profile 1 is refused \(Profile index 1 is out"
+        with pytest.raises(EngineFailure, match=sentence):
+            Context(loaded, gpu, scratch, profile=1, fixed=False)
 
 
 def test_without_tensorrt(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:

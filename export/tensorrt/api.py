@@ -43,6 +43,7 @@ class BuildSettings:
         compute_capabilities: ("8.6",), of the GPUs it is for; TensorRT-RTX alone, TensorRT builds for the
             GPU it runs on.
         workspace: bytes that a layer may use for itself while it runs; None is the module's default.
+        tf32: may float32 products round their factors to 10 bits (TensorRT's default)?
         timing_cache: file that keeps what earlier builds measured; None: nothing is kept.
     """
 
@@ -50,6 +51,7 @@ class BuildSettings:
     compute_capabilities: tuple[str, ...] = ()
     workspace: int | None = None
     timing_cache: Path | None = None
+    tf32: bool = True
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,8 @@ class TensorRT:
                 self.check(capability)
                 name = f"SM{capability.replace('.', '')}"
                 config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+        if not settings.tf32:
+            config.clear_flag(trt.BuilderFlag.TF32)
         if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
             # Else an engine may take memory while it runs, which a CUDA graph cannot hold; one that
             # has to is refused.

@@ -182,6 +182,7 @@ def perform(order: Order, progress: Progress) -> Done:
             compute_capabilities=(order.compute_capability,),
             workspace=order.workspace,
             timing_cache=Path(order.timing_cache),
+            tf32=order.profile.float_type == "float16",  # who asks for float32 wants all of it
         )
         built = trt.build(order.engine, graph, how, progress)
         plan.write_bytes(built.plan)
