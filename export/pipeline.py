@@ -164,6 +164,8 @@ def export(
             steps = _Steps(temporary, tick, windows(model.decoder), target)
             _write_texts(temporary, model, prompt)
             audited = _audit(temporary, model, calibrated, precisions, data)
+            if not steps.timed:
+                audited["target"] = target
             if data is not None:
                 _write_calibrated(
                     steps, model, prompt, calibrated, precisions, data, tried, budgets
@@ -176,7 +178,7 @@ def export(
         tiling=model.tiling,
         seconds=time.perf_counter() - begin,
         precisions={n: engine.precision for n, engine in manifest.engines.items()},
-        sizes=part_sizes(manifest),
+        sizes=writer.part_sizes(manifest),
         errors=(manifest.calibration or {}).get("parts", {}),
         peak_rss_anon=memory.peak,
         warnings=(manifest.calibration or {}).get("warnings", []),
@@ -293,15 +295,9 @@ def _write_rest(
         decoder=model.decoder,
         generation=GenerationSettings(prompt.eos_token_ids, prompt.repetition_penalty),
         embeddings=embeddings,
-        calibration=_calibration(steps, audited) if steps.errors else None,
+        calibration={**audited, "parts": steps.errors} if steps.errors else None,
     )
     (folder / NAME).write_text(manifest.dump(), encoding="utf-8")
-
-
-def _calibration(steps: _Steps, audited: dict[str, Any]) -> dict[str, Any]:
-    """As the manifest has it; `target` where layers were not timed on this machine."""
-    target = {} if steps.timed else {"target": steps.target}
-    return {**audited, **target, "parts": steps.errors}
 
 
 def _write_calibrated(
@@ -401,12 +397,3 @@ def _audit(
         more, lacking = audit_prompts(prompts, Tokenizer(folder / "tokenizer.json"))
         facts, warnings = facts | more, warnings + lacking
     return {"data": facts, "warnings": warnings}
-
-
-def part_sizes(manifest: Manifest) -> dict[str, int]:
-    """Bytes by engine (its graphs and weights), of the token table, and of the rest."""
-    sizes = dict.fromkeys([*manifest.engines, "embeddings", "other"], 0)
-    for name, entry in manifest.files.items():
-        stem = name.split(".")[0].removesuffix("_scales")
-        sizes[stem if stem in sizes else "other"] += entry.size
-    return sizes

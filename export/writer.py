@@ -15,7 +15,7 @@ from vlm_edge.errors import BundleExists, SettingError
 from vlm_edge.export.checkpoint import TensorRef
 from vlm_edge.export.quantizers.rounding import TINY, block_size
 from vlm_edge.runtime.bundle import file_digest
-from vlm_edge.runtime.manifest import NAME, EmbeddingSettings, FileEntry
+from vlm_edge.runtime.manifest import NAME, EmbeddingSettings, FileEntry, Manifest
 
 EMBEDDING_BLOCK = 64  # columns that share a scale in an int8 token table
 
@@ -126,3 +126,12 @@ def file_entries(folder: Path) -> dict[str, FileEntry]:
         for path in sorted(folder.iterdir())
         if path.name != NAME
     }
+
+
+def part_sizes(manifest: Manifest) -> dict[str, int]:
+    """Bytes by engine (its graphs and weights), of the token table, and of the rest."""
+    sizes = dict.fromkeys([*manifest.engines, "embeddings", "other"], 0)
+    for name, entry in manifest.files.items():
+        stem = name.split(".")[0].removesuffix("_scales")
+        sizes[stem if stem in sizes else "other"] += entry.size
+    return sizes

@@ -12,6 +12,8 @@ from click.testing import CliRunner
 
 from vlm_edge.cli import build as command
 from vlm_edge.cli import export as export_command
+from vlm_edge.cli import options
+from vlm_edge.cli.guard import sentence
 from vlm_edge.cli.main import cli
 from vlm_edge.errors import BuildFailed, DeviceUnavailable
 from vlm_edge.export import layer_times
@@ -55,7 +57,7 @@ def vlm(*arguments: str) -> Any:
 
 def test_choices_are_those_of_the_library() -> None:
     assert tuple(MODULES) == command.DEVICES
-    assert get_args(FloatType) == command.FLOATS
+    assert get_args(FloatType) == options.FLOATS
     assert get_args(Target) == export_command.TARGETS
 
 
@@ -201,3 +203,11 @@ def test_a_compute_capability_is_tensorrts() -> None:
 def test_an_int8_cache_is_refused_before_the_export() -> None:
     result = vlm("export", "x", "--target", "tensorrt", "--kv-cache", "int8")
     assert result.exit_code == 2 and "TensorRT has no int8 cache" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("build", "tensorrt"), ("plan", "tensorrt"), ("export", "export")]
+)
+def test_a_missing_module_names_the_leanest_extra(name: str, extra: str) -> None:
+    said = sentence(ModuleNotFoundError("No module named 'onnx_ir'", name="onnx_ir"), name)
+    assert f"'vlm-edge[{extra}]'" in said

@@ -163,6 +163,8 @@ def test_load(bundle: Callable[..., Path]) -> None:
     for threads in (0, -1):
         with pytest.raises(SettingError, match="threads"):
             VLM.load(folder, threads=threads)
+    with pytest.raises(SettingError, match="plans are TensorRT's"):
+        VLM.load(folder, "cpu", plans="x.plans")
     with VLM.load(str(folder), "cpu", threads=2, check=False) as model:
         assert model.load_s > 0
         assert model.device == "cpu"

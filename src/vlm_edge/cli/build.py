@@ -15,10 +15,8 @@ if TYPE_CHECKING:
     from vlm_edge.export.tensorrt.build import BuildOptions, BuildReport, EngineReport
     from vlm_edge.runtime.plans import FloatType
 
-# As export/tensorrt/api.py and runtime/plans.py have them (tests say so); importing them here would slow
-# every command's start.
+# As runtime/trt.py has them (a test says so); importing it here would slow every command's start.
 DEVICES = ("tensorrt", "tensorrt-rtx")
-FLOATS = ("float16", "float32")
 MEGABYTE = 1_000_000
 
 
@@ -39,38 +37,7 @@ MEGABYTE = 1_000_000
     type=click.Path(path_type=Path, file_okay=False),
     help="The folder of the plans.  [default: BUNDLE.plans, beside the bundle]",
 )
-@click.option(
-    "--capacity",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Positions a conversation has room for.  [default: the model's, at most 4096]",
-)
-@click.option(
-    "--chunk",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Positions of one prefill call.  [default: 256]",
-)
-@click.option(
-    "--tiles",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Tiles of one call of the vision encoder.  [default: as the runtime calls it]",
-)
-@click.option(
-    "--images",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="Pictures of a prompt, for models that attend to pictures.  [default: 1024 positions of them]",
-)
-@click.option(
-    "--float",
-    "float_type",
-    type=click.Choice(FLOATS),
-    default="float16",
-    show_default=True,
-    help="What is not quantized computes in.",
-)
+@options.room
 @click.option(
     "--workspace",
     type=click.IntRange(min=1),

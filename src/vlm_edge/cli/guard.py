@@ -27,6 +27,7 @@ EXTRAS = {
     "torch": "verify",
     "transformers": "verify",
 }
+TENSORRT = ("build", "plan")  # commands that do with the extra "tensorrt"
 
 
 def sentence(error: Exception, command: str) -> str:
@@ -34,7 +35,9 @@ def sentence(error: Exception, command: str) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         module = error.name.partition(".")[0]
         if module in EXTRAS:
-            return str(ExtraMissing(EXTRAS[module], module, f"`vlm {command}`"))
+            lean = command in TENSORRT and EXTRAS[module] == "export"
+            extra = "tensorrt" if lean else EXTRAS[module]
+            return str(ExtraMissing(extra, module, f"`vlm {command}`"))
     if isinstance(error, VlmEdgeError):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -16,6 +16,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 LOG_WIDTH = 120
 DEVICES = ("cpu", "cuda", "tensorrt", "tensorrt-rtx")
+FLOATS = ("float16", "float32")  # as runtime/plans.py has them (a test says so)
 Progress = Callable[[str, int, int], None]  # what is done, steps done, steps in all
 
 
@@ -68,6 +69,29 @@ def tile_limits(command: F) -> F:
         "keep is an error.",
     )
     return tiles(tokens(command))
+
+
+def room(command: F) -> F:
+    """What TensorRT's engines have room for, and compute in."""
+    counts = {
+        "--capacity": "Positions a conversation has room for.  [default: the model's, at most 4096]",
+        "--chunk": "Positions of one prefill call.  [default: 256]",
+        "--tiles": "Tiles of one call of the vision encoder.  [default: as the runtime calls it]",
+        "--images": "Pictures of a prompt, for models that attend to pictures.  [default: 1024 positions "
+        "of them]",
+    }
+    kind = click.option(
+        "--float",
+        "float_type",
+        type=click.Choice(FLOATS),
+        default="float16",
+        show_default=True,
+        help="What is not quantized computes in.",
+    )
+    command = kind(command)
+    for name, text in reversed(counts.items()):
+        command = click.option(name, type=click.IntRange(min=1), metavar="N", help=text)(command)
+    return command
 
 
 def console() -> Console:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vlm_edge.cli import options
-from vlm_edge.cli.build import FLOATS
 from vlm_edge.cli.guard import Command
 from vlm_edge.errors import SettingError
 
@@ -26,18 +25,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Refuse what a board such as orin-nano-8gb does not hold.  [default: this machine's free memory]",
 )
-@click.option("--capacity", type=click.IntRange(min=1), metavar="N", help="As of `vlm build`.")
-@click.option("--chunk", type=click.IntRange(min=1), metavar="N", help="As of `vlm build`.")
-@click.option("--tiles", type=click.IntRange(min=1), metavar="N", help="As of `vlm build`.")
-@click.option("--images", type=click.IntRange(min=1), metavar="N", help="As of `vlm build`.")
-@click.option(
-    "--float",
-    "float_type",
-    type=click.Choice(FLOATS),
-    default="float16",
-    show_default=True,
-    help="What is not quantized computes in.",
-)
+@options.room
 @click.option(
     "--tensorrt",
     "version",
