@@ -94,7 +94,7 @@ def bundle(
         from vlm_edge.export.pipeline import export
         from vlm_edge.export.precision import PrecisionPlan
 
-        folder, plan = root / f"{case}-{precision}-{cache}", PrecisionPlan.uniform(precision)
+        folder, plan = root / cache / f"{case}-{precision}", PrecisionPlan.uniform(precision)
         export(checkpoint(case), folder, precision=plan, cache_dtype=cache)
         return folder
 
