@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def open_engines(
         EngineFailure: TensorRT refuses a plan all the same.
     """
     manifest = bundle.manifest
-    command = f"vlm build {bundle.path} --device {device}"
+    command = f"vlm build {shlex.quote(str(bundle.path))} --device {device}"
+    if plans is not None:
+        command += f" -o {shlex.quote(str(plans.folder))}"
     store = plans if plans is not None else PlanStore.beside(bundle.path)
     runtime = Runtime(device, command)
     gpu = Gpu(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 
 from vlm_edge.errors import PlanDamaged, PlanMismatch, PlanMissing
 from vlm_edge.runtime.manifest import EngineEntry, FileEntry
-from vlm_edge.runtime.plans import PlanEntry, PlanKey, PlanProfile, PlanStore, graph_digest
+from vlm_edge.runtime.plans import (
+    FloatType,
+    PlanEntry,
+    PlanKey,
+    PlanProfile,
+    PlanStore,
+    graph_digest,
+)
 
 PROFILE = PlanProfile("float16", capacity=2048, chunk=256, tiles=3)
 KEY = PlanKey("tensorrt 10.3.0", "8.7", "linux-aarch64", "a" * 64, PROFILE)
@@ -122,7 +130,9 @@ def test_damage_is_seen(content: bytes | None, why: str, store: PlanStore) -> No
         (lambda text: text.replace('"seconds"', '"secs"'), "secs"),
     ],
 )
-def test_a_damaged_description_is_named(change, why: str, store: PlanStore) -> None:  # type: ignore[no-untyped-def]
+def test_a_damaged_description_is_named(
+    change: Callable[[str], str], why: str, store: PlanStore
+) -> None:
     path = store.path(add(store)).with_suffix(".json")
     path.write_text(change(path.read_text()))
     with pytest.raises(PlanDamaged, match=why):
@@ -157,13 +167,13 @@ sizes = st.integers(0, 4096)
     st.sampled_from(["float16", "float32"]), sizes, sizes, sizes, sizes, sizes, st.text(max_size=9)
 )
 def test_keys_differ_where_their_digests_do(
-    float_type,
-    capacity,
-    chunk,
-    tiles,
-    words,
-    media,
-    version,  # type: ignore[no-untyped-def]
+    float_type: FloatType,
+    capacity: int,
+    chunk: int,
+    tiles: int,
+    words: int,
+    media: int,
+    version: str,
 ) -> None:
     other = PlanKey(
         version, "8.7", "linux-aarch64", "a" * 64,

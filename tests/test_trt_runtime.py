@@ -465,6 +465,15 @@ def test_a_plan_that_tensorrt_refuses(
     assert here.gpu.clean
 
 
+def test_the_command_that_makes_a_plan_names_its_folder(
+    make: Make, llava: Path, tmp_path: Path
+) -> None:
+    make()
+    (plans := tmp_path / "my plans").mkdir()
+    with pytest.raises(PlanMissing, match=rf"`vlm build .* --device tensorrt -o '{plans}'`"):
+        VLM.load(llava, device="tensorrt", plans=plans, check=False)
+
+
 def test_a_plan_that_was_changed(make: Make, llava: Path) -> None:
     here = make()
     plans = here.build(llava, capacity=40)

@@ -8,7 +8,6 @@ On arm64 Linux: the same with this machine's own Python, once .arm64/bundles and
 machine have been copied here.
 """
 
-# ruff: noqa: T201
 from __future__ import annotations
 
 import json

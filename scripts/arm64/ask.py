@@ -65,7 +65,7 @@ def main(folder: Path, results: Path, record: Path | None = None) -> None:
                 found[f"{number}.pixels"] = np.array(pixels(vlm, built))
                 found[f"{number}.tokens"] = tokens
                 found[f"{number}.logits"] = logits(vlm, built, along)
-        np.savez(results / name, **found)  # type: ignore[arg-type]
+        np.savez(results / name, **found)  # type: ignore[arg-type]  # its names are data
     versions = {package: version(package) for package in VERSIONS}
     heavy = [package for package in HEAVY if package in sys.modules]
     said = {"machine": platform.machine(), "versions": versions, "heavy": heavy}

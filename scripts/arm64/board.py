@@ -64,7 +64,7 @@ class Finder(MetaPathFinder, Loader):
 sys.meta_path.insert(0, Finder())
 
 # The tests' own fixtures, but for those that make a checkpoint. pytest finds them by these names.
-from conftest import Cache, model, picture, pictures, shared, vlm  # noqa: E402, F401
+from conftest import Cache, model, picture, pictures, shared, vlm  # noqa: F401  # fixtures
 
 
 @pytest.fixture(scope="session")

@@ -15,17 +15,17 @@ from pathlib import Path
 TESTS = Path(__file__).parents[2] / "tests"
 sys.path.insert(0, str(TESTS))
 
-from pictures import write_pictures  # noqa: E402
-from tiny import build  # noqa: E402
-from tiny_blip2 import build_blip  # noqa: E402
-from tiny_idefics import build_idefics  # noqa: E402
-from tiny_mllama import build_mllama  # noqa: E402
-from tiny_open_flamingo import build_open_flamingo  # noqa: E402
-from tiny_smolvlm import build_smol  # noqa: E402
+from pictures import write_pictures
+from tiny import build
+from tiny_blip2 import build_blip
+from tiny_idefics import build_idefics
+from tiny_mllama import build_mllama
+from tiny_open_flamingo import build_open_flamingo
+from tiny_smolvlm import build_smol
 
-from vlm_edge.export import layer_times, static  # noqa: E402
-from vlm_edge.export.pipeline import export  # noqa: E402
-from vlm_edge.export.precision import PrecisionPlan  # noqa: E402
+from vlm_edge.export import layer_times, static
+from vlm_edge.export.pipeline import export
+from vlm_edge.export.precision import PrecisionPlan
 
 ALL = ("fp32", "int8", "int4")
 # case -> how its checkpoint is made, and the precisions it is exported with. Many of
@@ -62,7 +62,7 @@ def main(folder: Path) -> None:
     transformers.utils.logging.disable_progress_bar()
     # At these sizes INT8 gains nothing: as in the tests, layers are called faster, so that all of them
     # are quantized, and the error of random weights is allowed.
-    layer_times.measure = lambda *_: layer_times.Times(2.0, 1.0)  # type: ignore[assignment]
+    layer_times.measure = lambda *_: layer_times.Times(2.0, 1.0)  # type: ignore[assignment]  # as tests/conftest.py does
     static.MAX_ERROR = 10.0
     (folder / "pictures").mkdir(parents=True)
     write_pictures(folder / "pictures")

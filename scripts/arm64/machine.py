@@ -5,7 +5,6 @@ for aarch64. Nothing is installed outside of its folder. What differs from a rea
 sensors, and times say nothing.
 """
 
-# ruff: noqa: T201
 from __future__ import annotations
 
 import os
