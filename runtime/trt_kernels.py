@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,11 @@ class KernelCache:
         blob = bytes(memoryview(serialized))
         if blob == self._kept:
             return
+        part = self._path.with_name(f".{self._path.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):
-            folder = self._path.parent
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as part:
-                part.write(blob)
-            os.replace(part.name, self._path)
-            self._kept = blob
+            try:
+                part.write_bytes(blob)
+                part.replace(self._path)
+                self._kept = blob
+            finally:
+                part.unlink(missing_ok=True)  # the disk was full
