@@ -99,6 +99,15 @@ def test_an_older_tensorrt_holds_int8_weights_as_floats(bundle: Callable[..., Pa
     )
     assert engine(old, "llm").weights == pytest.approx(whole + scales, rel=0.01)
     assert engine(old, "llm").weights > 1.2 * engine(new, "llm").weights
+    four = bundle("clip-llama", "int4")
+    stored = ir.load(four / "llm.onnx").graph.initializers.values()
+    more = sum(  # two bytes instead of one, and twice but for the head's; INT4 stays as it is
+        planner._tensor_bytes(value, FLOAT16) * (3 if "_proj." in str(value.name) else 1)
+        for value in stored
+        if value.dtype == ir.DataType.INT8
+    )
+    old = estimate(four, read_manifest(four), FLOAT16, unpacked=True)
+    assert engine(old, "llm").weights == engine(estimated(four, FLOAT16), "llm").weights + more
 
 
 @pytest.mark.parametrize("case", ["clip-llama-v4", "dinov2-llama"])

@@ -75,7 +75,7 @@ def _freeze_batch(graph: ir.Graph) -> None:
 
 def _unpack_int8(graph: ir.Graph, path: Path) -> None:
     """Give every product of a float activation with an INT8 weight the weight's floats."""
-    found = [node for node in graph if _weight_only(node)]
+    found = [node for node in graph if weight_only(node)]
     if not found:
         return
     with path.open("wb") as file:
@@ -96,7 +96,7 @@ def _unpack_int8(graph: ir.Graph, path: Path) -> None:
             graph.remove(node, safe=True)
 
 
-def _weight_only(node: ir.Node) -> bool:
+def weight_only(node: ir.Node) -> bool:
     """Does it dequantize an INT8 weight for products with what is not quantized?"""
     values = node.inputs[0] if node.op_type == "DequantizeLinear" else None
     if values is None or values.dtype != ir.DataType.INT8 or not values.is_initializer():

@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from vlm_edge.errors import MemoryShort, SettingError
+from vlm_edge.export.lowering import trt10
 from vlm_edge.export.lowering.half import WIDE
 from vlm_edge.runtime.manifest import EngineEntry, Manifest, TensorSpec
 from vlm_edge.runtime.plans import PlanProfile
@@ -222,8 +223,8 @@ def _stored(node: ir.Node) -> ir.DataType | None:
 
 
 def _unpack(graph: ir.Graph) -> None:
-    """Count INT8 weights whose other factor is no INT8 as the floats they stand for."""
-    for node in [n for n in graph if n.op_type == "DequantizeLinear" and _weight_only(n)]:
+    """Count INT8 weights whose other factor is no INT8 as the floats that `trt10.lower` makes of them."""
+    for node in [node for node in graph if trt10.weight_only(node)]:
         weight = node.inputs[0]
         assert weight is not None
         weight.type = ir.TensorType(ir.DataType.FLOAT)

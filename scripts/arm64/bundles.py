@@ -9,47 +9,41 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 TESTS = Path(__file__).parents[2] / "tests"
 sys.path.insert(0, str(TESTS))
 
+from families import build_case
 from pictures import write_pictures
-from tiny import build
-from tiny_blip2 import build_blip
-from tiny_idefics import build_idefics
-from tiny_mllama import build_mllama
-from tiny_open_flamingo import build_open_flamingo
-from tiny_smolvlm import build_smol
 
 from vlm_edge.export import layer_times, static
 from vlm_edge.export.pipeline import export
 from vlm_edge.export.precision import PrecisionPlan
 
 ALL = ("fp32", "int8", "int4")
-# case -> how its checkpoint is made, and the precisions it is exported with. Many of
-# the first are here because the tests that run on the other machine ask for them.
-CASES: dict[str, tuple[Callable[[str, Path], Path], tuple[str, ...]]] = {
-    "clip-llama": (build, ALL),
-    "clip-llama-v4": (build, ("fp32",)),
-    "clip-llama-native": (build, ("fp32", "int4")),
-    "clip-llama-biases": (build, ("fp32",)),
-    "clip-mistral-window": (build, ("fp32",)),
-    "clip-mistral-v4": (build, ("fp32",)),
-    "clip-padded-square": (build, ("fp32",)),
-    "siglip-qwen2": (build, ("fp32", "int4")),
-    "siglip-qwen2-v4": (build, ("fp32",)),
-    "siglip-llama-yarn-v4": (build, ("fp32",)),
-    "dinov2-llama": (build, ALL),
-    "next-clip-mistral": (build, ("fp32",)),
-    "smolvlm": (build_smol, ALL),
-    "blip2-opt": (build_blip, ALL),
-    "blip2-t5": (build_blip, ALL),
-    "instructblip-t5": (build_blip, ("fp32",)),
-    "idefics": (build_idefics, ALL),
-    "llama": (build_open_flamingo, ("fp32",)),
-    "mllama": (build_mllama, ALL),
+# case -> the precisions it is exported with. Many of the first are here because the tests that run on the
+# other machine ask for them.
+CASES: dict[str, tuple[str, ...]] = {
+    "clip-llama": ALL,
+    "clip-llama-v4": ("fp32",),
+    "clip-llama-native": ("fp32", "int4"),
+    "clip-llama-biases": ("fp32",),
+    "clip-mistral-window": ("fp32",),
+    "clip-mistral-v4": ("fp32",),
+    "clip-padded-square": ("fp32",),
+    "siglip-qwen2": ("fp32", "int4"),
+    "siglip-qwen2-v4": ("fp32",),
+    "siglip-llama-yarn-v4": ("fp32",),
+    "dinov2-llama": ALL,
+    "next-clip-mistral": ("fp32",),
+    "smolvlm": ALL,
+    "blip2-opt": ALL,
+    "blip2-t5": ALL,
+    "instructblip-t5": ("fp32",),
+    "idefics": ALL,
+    "llama": ("fp32",),
+    "mllama": ALL,
 }
 QUESTION = "what is the color?"
 QUESTIONS = [[QUESTION, ["wide.png"]], [QUESTION, ["rotated.jpg"]], [QUESTION, []]]
@@ -67,12 +61,12 @@ def main(folder: Path) -> None:
     (folder / "pictures").mkdir(parents=True)
     write_pictures(folder / "pictures")
     with tempfile.TemporaryDirectory() as work:
-        for case, (write, precisions) in CASES.items():
-            checkpoint = write(case, Path(work) / case)
+        for case, precisions in CASES.items():
+            checkpoint = build_case(case, Path(work) / case)
             for precision in precisions:
                 plan = PrecisionPlan.uniform(precision)
                 export(checkpoint, folder / f"{case}-{precision}", precision=plan)
-    names = [f"{case}-{precision}" for case, (_, many) in CASES.items() for precision in many]
+    names = [f"{case}-{precision}" for case, many in CASES.items() for precision in many]
     text = json.dumps({"bundles": names, "questions": QUESTIONS}, indent=1)
     (folder / "questions.json").write_text(text, encoding="utf-8")
 
